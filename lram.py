@@ -1,0 +1,485 @@
+"""LRAM: encoders, the 3-token stream, a backbone of any of the four block families, one shared action head, acting.
+
+Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and appendix C.
+
+    python lram.py      # builds every backbone at every size, prints parameters and state bytes, checks act()
+
+    world --(observation, reward)--> tokens --> backbone --> action distribution --(action)--> world
+
+One environment step is one chunk of tokens [r_{t-1}, s_t, R_t]: the reward of the step before (0 at first), the
+observation, the return-to-go; the action a_t is read off the last of them. No action enters the context (the
+copycat problem), so a policy that acts sees exactly the stream that it was trained on. Everything that holds a
+sequence obeys one contract, y, state = f(x, state), for any number of tokens: training passes a window of 3C
+tokens with state None, acting passes 3 tokens and the state of the step before.
+
+Glossary (the same letters in every file of this project)
+    B batch    C context in environment steps    T = 3C tokens    D model width    H heads    S observation width
+    A          action dimensions of a task (at most 8)    R_t  return-to-go, the return still to be collected
+    card       what is known of a task (task.json): reward scale, target return, action spec, statistics, scores
+
+Not included: compiled and quantised acting, export (eval.py --fast), GPU kernels (kernels.py).
+"""
+import dataclasses
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt import GPTBlock, LearnedPositions
+from mamba import MambaBlock
+from mlstm import MLSTMBlock
+from slstm import SLSTMBlock
+
+STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
+MAX_DISCRETE = 18           # actions of a full Atari joystick
+MAX_DIMS, BINS = 8, 256     # continuous action dimensions and bins of each
+BACKBONES = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
+TOKENS = ("a", "r", "s", "rtg")
+
+# (D, recurrent layers, gpt layers, gpt heads, sLSTM layers of xLSTM[7:1]); 16m to 206m are the paper's. "-half":
+# half the layers at the same number of parameters, for latency. gpt has no half variant.
+SIZES = {
+    "tiny": (96, 4, 2, 4, (1,)),
+    "16m": (512, 8, 4, 8, (1,)),
+    "48m": (768, 12, 6, 12, (1, 3)),
+    "110m": (1024, 16, 8, 16, (1, 3)),
+    "206m": (1280, 20, 10, 20, (1, 3, 5)),
+    "408m": (1536, 28, 14, 24, (1, 3, 5)),
+    "16m-half": (704, 4, None, None, (1,)),
+    "48m-half": (1064, 6, None, None, (1,)),
+    "110m-half": (1432, 8, None, None, (1,)),
+    "206m-half": (1792, 10, None, None, (1, 3)),
+}
+
+
+@dataclass
+class Config:
+    """Everything that shapes the model. None: taken from the size (see SIZES). Written into every checkpoint."""
+    backbone: str = "mlstm"
+    size: str = "tiny"
+    dim: int | None = None              # D
+    layers: int | None = None
+    heads: int | None = None            # of mLSTM, sLSTM (4 by default) and attention
+    slstm_at: tuple | None = None       # which layers of xlstm are sLSTM blocks, counted from 0
+    context: int = 50                   # C: window of training; gpt holds no more than this
+    tokens: tuple = ("r", "s", "rtg")   # one step's tokens, in this order; "a" in front: the last action
+    dropout: float = 0.0
+    cnn: tuple = (16, 32, 32)           # channels of the three image stages
+    standardise: bool = False           # per-task mean 0 and deviation 1 of vector observations
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone {self.backbone!r} does not exist; choose from {', '.join(BACKBONES)}")
+        if self.size not in SIZES:
+            raise ValueError(f"size {self.size!r} does not exist; choose from {', '.join(SIZES)}")
+        dim, recurrent, gpt_layers, gpt_heads, slstm_at = SIZES[self.size]
+        is_gpt = self.backbone == "gpt"
+        if is_gpt and gpt_layers is None:
+            raise ValueError(f"size {self.size!r} is for recurrent backbones; gpt has {self.size[:-5]!r}")
+        self.dim = dim if self.dim is None else self.dim
+        self.layers = (gpt_layers if is_gpt else recurrent) if self.layers is None else self.layers
+        self.heads = (gpt_heads if is_gpt else 4) if self.heads is None else self.heads
+        default_at = {"xlstm": slstm_at, "slstm": tuple(range(self.layers))}.get(self.backbone, ())
+        self.slstm_at = tuple(default_at if self.slstm_at is None else self.slstm_at)
+        self.tokens, self.cnn = tuple(self.tokens), tuple(self.cnn)
+        if any(not 0 <= layer < self.layers for layer in self.slstm_at):
+            raise ValueError(f"slstm_at {self.slstm_at}: layers are numbered 0 to {self.layers - 1}")
+        if list(self.tokens) != [x for x in TOKENS if x in self.tokens] or "s" not in self.tokens:
+            raise ValueError(f"tokens {self.tokens}: give a part of {TOKENS} that holds 's', in this order")
+
+    @property
+    def max_tokens(self):
+        """Tokens in C steps, at most (an action is one token per dimension): the capacity of gpt's cache."""
+        return self.context * (len(self.tokens) + ("a" in self.tokens) * (MAX_DIMS - 1))
+
+
+# --------------------------------------------------------------------------------------------- the backbone
+class Backbone(nn.Module):
+    """A stack of blocks and a final norm, x (B, T, D) -> y (B, T, D); state: a tuple with each block's state."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, L, H, p = config.dim, config.layers, config.heads, config.dropout
+        if config.backbone == "gpt":
+            blocks = [LearnedPositions(D, config.max_tokens)]
+            blocks += [GPTBlock(D, H, config.max_tokens, L, p) for _ in range(L)]
+            self.norm = nn.LayerNorm(D)
+        elif config.backbone == "mamba":
+            blocks = [MambaBlock(D, L, p) for _ in range(L)]
+            self.norm = nn.RMSNorm(D, eps=1e-5)
+        else:
+            blocks = [SLSTMBlock(D, H, L, layer, p) if layer in config.slstm_at else MLSTMBlock(D, H, L, p)
+                      for layer in range(L)]
+            self.norm = nn.LayerNorm(D, bias=False)
+        self.blocks = nn.ModuleList(blocks)
+
+    def initial_state(self, batch_size, device=None, dtype=torch.float32):
+        """The state of batch_size fresh sequences."""
+        return tuple(block.initial_state(batch_size, device, dtype) for block in self.blocks)
+
+    def forward(self, x, state=None):
+        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        states = []
+        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks)):
+            x, block_state = block(x, block_state)
+            states.append(block_state)
+        return self.norm(x), tuple(states)
+
+    def reset(self, state, done):
+        """Restart the rows where done (B,) is true. torch.where and never a product: -inf * 0 is NaN."""
+        fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
+        pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+        return tuple(tuple(map(pick, new, old)) for new, old in zip(fresh, state))
+
+
+class ImpalaCNN(nn.Module):
+    """Image encoder of IMPALA (Espeholt et al., 2018): uint8 (N, 1, 64, 64) -> (N, D).
+
+    Three stages of conv, max-pool and two residual units; PyTorch's default initialisation.
+    """
+
+    def __init__(self, dim, channels=(16, 32, 32)):
+        super().__init__()
+        stages, c_in = [], 1
+        for c in channels:
+            convs = [nn.Conv2d(c_in, c, 3, padding=1)] + [nn.Conv2d(c, c, 3, padding=1) for _ in range(4)]
+            stages.append(nn.ModuleList(convs))
+            c_in = c
+        self.stages = nn.ModuleList(stages)
+        self.out = nn.Linear(c_in * 8 * 8, dim)
+
+    def forward(self, image):
+        """uint8 (N, 1, 64, 64) -> (N, D)."""
+        x = image.to(self.out.weight.dtype) / 255
+        for first, *residual in self.stages:
+            x = F.max_pool2d(first(x), 3, stride=2, padding=1)          # (N, c, 32 | 16 | 8, ...)
+            for a, b in (residual[:2], residual[2:]):
+                x = x + b(F.relu(a(F.relu(x))))
+        return F.relu(self.out(F.relu(x).flatten(1)))
+
+
+# ------------------------------------------------------------------------------------------------- the model
+class LRAM(nn.Module):
+    """Observations, rewards and returns-to-go in, action logits out; any backbone; state in, state out."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.config = config.dim, config
+        self.encode_state, self.encode_image = nn.Linear(STATE_WIDTH, D), ImpalaCNN(D, config.cnn)
+        self.encode_reward, self.encode_rtg = nn.Linear(1, D), nn.Linear(1, D)
+        self.head = nn.Linear(D, MAX_DISCRETE + MAX_DIMS * BINS)
+        for linear in (self.encode_state, self.encode_reward, self.encode_rtg, self.head):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if "a" in config.tokens:        # one row for each discrete action or (dimension, bin), as in the head
+            self.encode_action = nn.Embedding(self.head.out_features, D)
+            nn.init.normal_(self.encode_action.weight, std=0.02)
+        self.token_norm = nn.LayerNorm(D)
+        self.backbone = Backbone(config)
+
+    def tokens(self, obs, reward, rtg, last_action=None):
+        """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part that config.tokens names.
+
+        obs (B, C, S) float or (B, C, 1, 64, 64) uint8; reward = r_{t-1} and rtg = R_t (B, C), both divided by the
+        reward scale; last_action (B, C, A) rows of encode_action, -1 for none. -> (B, C, tokens per step, D)
+        """
+        parts = []
+        if "a" in self.config.tokens:
+            known = (last_action >= 0)[..., None]                       # (B, C, A, 1)
+            parts.append(self.encode_action(last_action.clamp(min=0)) * known)
+        if "r" in self.config.tokens:
+            parts.append(self.encode_reward(reward[..., None])[:, :, None])
+        if obs.dim() == 5:
+            s = self.encode_image(obs.flatten(0, 1)).view(*obs.shape[:2], -1)
+        else:
+            s = self.encode_state(F.pad(obs, (0, STATE_WIDTH - obs.shape[-1])))
+        parts.append(s[:, :, None])                                     # (B, C, 1, D)
+        if "rtg" in self.config.tokens:
+            parts.append(self.encode_rtg(rtg[..., None])[:, :, None])
+        return self.token_norm(torch.cat(parts, dim=2))
+
+    def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None):
+        """The arguments of tokens(); action_dims: A for continuous actions, 0 for discrete ones.
+
+        Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is one Linear
+        for all tasks; only the rows that these tasks read are computed.
+        """
+        tokens = self.tokens(obs, reward, rtg, last_action)             # (B, C, n, D)
+        B, C, n, D = tokens.shape
+        y, state = self.backbone(tokens.reshape(B, C * n, D), state)
+        y = y[:, n - 1::n]                                              # at each step's last token: (B, C, D)
+        rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
+            slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
+        logits = F.linear(y, self.head.weight[rows], self.head.bias[rows]).float()
+        return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, BINS))), state
+
+    def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
+        """One environment step for B environments: the chunk of one step, through the state.
+
+        obs (B, S) or (B, 1, 64, 64), reward, rtg (B,), last_action (B, A); done (B,) restarts rows first.
+        Returns logits (B, A, 256) or (B, 18) and the new state.
+        """
+        if done is not None and state is not None:
+            state = self.backbone.reset(state, done)
+        last_action = None if last_action is None else last_action[:, None]
+        logits, state = self(obs[:, None], reward[:, None], rtg[:, None], action_dims, last_action, state)
+        return logits[:, 0], state
+
+    def parameter_groups(self, weight_decay):
+        """For AdamW: decay on matrices; none on biases, norms, recurrent weights and Mamba's A_log."""
+        decay, rest = [], []
+        for name, p in self.named_parameters():
+            leaf = name.split(".")[-1]
+            (decay if p.dim() >= 2 and leaf not in ("bias", "R", "A_log") else rest).append(p)
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------------------------------- actions, loss
+def action_to_bin(action):
+    """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
+    return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) if isinstance(action, np.ndarray) \
+        else ((action + 1) * (BINS / 2)).clamp(0, BINS - 1).long()
+
+
+def bin_to_action(index):
+    """Bins -> the centres of the bins, in (-1, 1)."""
+    return (index + 0.5) * (2 / BINS) - 1
+
+
+def action_rows(action):
+    """Actions, (..., A) float or (...) int, -> (..., A or 1) rows of the head and of the action embedding."""
+    if np.issubdtype(action.dtype, np.integer):
+        return action[..., None].astype(np.int64)
+    return MAX_DISCRETE + BINS * np.arange(action.shape[-1]) + action_to_bin(action)
+
+
+def action_loss(logits, target, mask, soft_sigma=0.0):
+    """Mean cross-entropy over the valid (step, dimension) pairs, in nats.
+
+    logits (B, C, 18) with target, mask (B, C), or (B, C, A, 256) with target, mask (B, C, A). target: action or
+    bin; mask: bool, false on padding. soft_sigma > 0 spreads a bin's target over its neighbours as a Gaussian of
+    that many bins (not in the paper): bins next to the right one are nearly right, which one-hot targets hide.
+    """
+    log_p = logits[mask].log_softmax(-1)                                # (valid pairs, classes)
+    target = target[mask]
+    if soft_sigma and logits.dim() == 4:
+        bins = torch.arange(BINS, device=logits.device, dtype=logits.dtype)
+        soft = torch.softmax(-0.5 * ((bins - target[:, None]) / soft_sigma) ** 2, dim=-1)
+        return -(soft * log_p).sum(-1).mean()
+    return F.nll_loss(log_p, target)
+
+
+# ---------------------------------------------------------------------------------------------------- acting
+def prepare_states(states, card, standardise):
+    """Observations as the model reads them: float32, minus the task's mean and over its deviation if asked.
+
+    states (..., S) or uint8 images (..., 1, 64, 64). Used on the windows of training and while acting alike.
+    """
+    if card["observation"]["kind"] == "image":
+        return states
+    states = states.astype(np.float32)
+    if standardise:
+        mean, std = (np.asarray(card[key], dtype=np.float32) for key in ("state_mean", "state_std"))
+        states = (states - mean) / std
+    return states
+
+
+class Agent:
+    """A trained model acting in B environments of one task: keeps the state, the return-to-go and the context.
+
+    context says what happens in episodes longer than the windows of training (C steps):
+        carry     the state runs on through the whole episode, cost constant            (recurrent backbones)
+        window    the last C steps recomputed at every step, C times the cost           (any; the public code's)
+        stagger   two states, each restarted every C steps, half a window apart; the older acts: constant cost,
+                  context between C/2 and C                                             (any; the default of gpt)
+    """
+
+    def __init__(self, model, card, context=None, target_return=None, temperature=0.0, seed=0):
+        self.model, self.card, self.config = model.eval(), card, model.config
+        self.context = context or ("stagger" if self.config.backbone == "gpt" else "carry")
+        if self.context not in ("carry", "window", "stagger"):
+            raise ValueError(f"context {self.context!r} does not exist; choose carry, window or stagger")
+        self.device = next(model.parameters()).device
+        self.action_dims = card["action"].get("dims", 0)
+        self.scale = card["reward_scale"]
+        target = card["target_return"] if target_return is None else target_return
+        self.target = np.float32(target / self.scale)
+        self.temperature = temperature
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def begin(self, batch_size):
+        """Forget everything; batch_size environments start afresh."""
+        self.step = np.zeros(batch_size, dtype=np.int64)                # steps since each row's episode began
+        self.rtg = np.full(batch_size, self.target, dtype=np.float32)
+        self.last_action = None
+        self.state, self.window = None, None
+
+    @torch.no_grad()
+    def act(self, obs, reward, done):
+        """Actions for the observations obs (B, ...), after the raw rewards (B,) of the step before.
+
+        done (B,): the rows whose episode has just begun (their reward does not count). Returns int (B,) or
+        float32 (B, A) in [-1, 1]; the logits stay in self.logits.
+        """
+        reward = self.as_seen(np.where(done, 0.0, reward))
+        self.step = np.where(done, 0, self.step + 1)
+        if not self.card["constant_rtg"]:
+            self.rtg = self.rtg - reward
+        self.rtg = np.where(done, self.target, self.rtg).astype(np.float32)
+        width = max(self.action_dims, 1)
+        last = np.full((len(done), width), -1) if self.last_action is None else self.last_action
+        last = np.where(done[:, None], -1, last)
+        obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
+        inputs = [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
+        run = {"carry": self._carry, "window": self._window, "stagger": self._stagger}[self.context]
+        self.logits = run(*inputs, torch.as_tensor(done, device=self.device))
+        action = self._decode(self.logits)
+        self.last_action = action_rows(action)
+        return action
+
+    def as_seen(self, reward):
+        """Raw rewards -> what the model sees: clipped for Atari, over the domain's reward scale, float32."""
+        reward = np.clip(reward, -1, 1) if self.card["clip_rewards"] else reward
+        return (reward / self.scale).astype(np.float32)
+
+    def _carry(self, obs, reward, rtg, last, done):
+        logits, self.state = self.model.act(obs, reward, rtg, self.action_dims, last, self.state, done)
+        return logits
+
+    def _stagger(self, obs, reward, rtg, last, done):
+        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later; a row's age is its context
+        C, step = self.config.context, torch.as_tensor(self.step, device=self.device)
+        age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])    # (2, B)
+        twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
+        logits, self.state = self.model.act(*twice, self.action_dims, torch.cat([last, last]), self.state,
+                                            (age == 0).flatten())
+        first, second = logits.chunk(2)
+        older = (age[0] >= age[1]).view(-1, *[1] * (first.dim() - 1))
+        return torch.where(older, first, second)
+
+    def _window(self, obs, reward, rtg, last, done):
+        # each row's last C steps, from the left; what is right of the newest step is never seen (causality)
+        C, B = self.config.context, len(done)
+        if self.window is None:
+            self.window = [torch.zeros(B, C, *x.shape[1:], dtype=x.dtype, device=x.device)
+                           for x in (obs, reward, rtg, last)]
+        step = torch.as_tensor(self.step, device=self.device)
+        full, at = step >= C, step.clamp(max=C - 1)
+        rows = torch.arange(B, device=self.device)
+        for j, x in enumerate((obs, reward, rtg, last)):
+            buffer = self.window[j]
+            wide = full.view(-1, *[1] * (buffer.dim() - 1))
+            buffer = torch.where(wide, buffer.roll(-1, dims=1), buffer)
+            buffer[rows, at] = x
+            self.window[j] = buffer
+        length = int(at.max()) + 1
+        obs, reward, rtg, last = (x[:, :length] for x in self.window)
+        logits, _ = self.model(obs, reward, rtg, self.action_dims, last)
+        return logits[rows, at]
+
+    def _decode(self, logits):
+        """Logits (B, A, 256) or (B, 18) -> actions: the likeliest, or sampled at a temperature."""
+        if self.action_dims == 0:
+            logits = logits[:, :self.card["action"]["n"]]
+        if self.temperature > 0:
+            p = (logits / self.temperature).softmax(-1)
+            index = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(p.shape[:-1])
+        else:
+            index = logits.argmax(-1)
+        index = index.cpu().numpy()
+        return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------- checkpoints, device, check
+def save_checkpoint(path, payload):
+    """torch.save, atomically: a kill or a full disk leaves the previous file as it was."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"cannot write {path} ({error}); the last good checkpoint is untouched. Free some space "
+                         "and run again with --resume") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict written by train.py, read with weights_only=True: no code in a file is ever executed."""
+    try:
+        payload = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"no checkpoint at {path}; train one with: python train.py --backbone mlstm") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise SystemExit(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error)[:120]}); "
+                         "it may be truncated: copy or train it again") from None
+    missing = [key for key in ("model", "model_config", "cards") if key not in payload]
+    if missing:
+        raise SystemExit(f"{path} holds no {', '.join(missing)}: it was not written by this project's train.py")
+    return payload
+
+
+def model_from_checkpoint(payload, device="cpu"):
+    """The model of a loaded checkpoint, in eval mode."""
+    model = LRAM(Config(**payload["model_config"]))
+    model.load_state_dict(payload["model"])
+    return model.to(device).eval()
+
+
+def choose_device(device="auto", dtype="auto"):
+    """Names -> (torch.device, torch.dtype of matrix products, the reason in words)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = f"{device}: " + ("a GPU is available" if device == "cuda" else "no CUDA GPU found")
+    else:
+        reason = f"{device}: asked for"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        reason += f"; {dtype}: the default there"
+    return torch.device(device), getattr(torch, dtype), reason
+
+
+def count_parameters(module):
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def state_bytes(state):
+    """Bytes of a state, nested tuples of tensors."""
+    return sum(map(state_bytes, state)) if isinstance(state, tuple) else state.numel() * state.element_size()
+
+
+def _self_check():
+    print(f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}{'state, kB':>11}")
+    for size in SIZES:
+        for name in BACKBONES:
+            if name == "gpt" and size.endswith("half"):
+                continue
+            with torch.device("meta"):
+                config = Config(name, size)
+                model = LRAM(config)
+                state = state_bytes(model.backbone.initial_state(1, "meta"))
+            print(f"{size:<10}{name:<9}{config.dim:>5}{config.layers:>7}{count_parameters(model.backbone):>15,}"
+                  f"{count_parameters(model):>13,}{state / 1e3:>11,.0f}")
+    torch.manual_seed(0)
+    for name in BACKBONES:
+        model = LRAM(Config(name, "tiny", context=20)).double().eval()
+        obs = torch.randn(2, 20, 39, dtype=torch.float64)
+        reward, rtg = torch.rand(2, 2, 20, dtype=torch.float64)
+        with torch.no_grad():
+            whole, _ = model(obs, reward, rtg, 4)
+            state, steps = None, []
+            for t in range(20):
+                logits, state = model.act(obs[:, t], reward[:, t], rtg[:, t], 4, state=state)
+                steps.append(logits)
+        error = (torch.stack(steps, 1) - whole).abs().max().item()
+        assert error < 1e-6, error      # logits are float32
+        print(f"{name:<6} 20 calls of act() give the logits of one call on the window ({error:.0e})")
+
+
+if __name__ == "__main__":
+    _self_check()
