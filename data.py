@@ -1,0 +1,734 @@
+"""Trajectories: experts -> HDF5 files -> windows for training; as a program it makes, checks and shows them.
+
+    python data.py make                             # the default mixture, into datasets/ (about a minute)
+    python data.py make metaworld/push-v3 --episodes 50
+    python data.py check datasets                   # every file read and validated; exit code 1 names the faults
+    python data.py info datasets                    # counts, lengths, returns, action statistics
+
+Layout, that of the public LRAM data sets: one file per trajectory, <root>/<domain>/<task>/<episode>.hdf5, with
+
+    states    (T, S) float32 or (T, 1, 64, 64) uint8        actions   (T,) int or (T, A) float32 in [-1, 1]
+    rewards   (T,) float32                                  dones     (T,) bool, true at an end of the task
+    returns_to_go (T,) float32, optional: sum of rewards from t on, unscaled; computed when absent
+
+and beside them episode_lengths.json and episode_returns.json ({episode: number}: no file is opened to plan a
+training run) and task.json, the card of the task. `actions` are what the expert asked for (clean labels); what
+was executed had noise on it, so that the data show how to recover. A lost life ends a trajectory in Atari, whose
+rewards are stored clipped to [-1, 1].
+
+Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
+Not included: packed files, converters from other data sets, training data larger than one machine.
+"""
+import difflib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import tyro
+
+from eval import (DOMAINS, DarkRoom, constant_policy, is_available, make_env, random_policy, rollout,
+                  split_task)
+
+DEFAULT_TASKS = ("darkroom/train", "darkroom/heldout", "metaworld/reach-v3", "metaworld/door-open-v3",
+                 "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3", "metaworld/window-open-v3",
+                 "dmcontrol/cartpole-balance", "atari/freeway")
+VALIDATION_FRACTION = 0.025
+# episode k of the data uses seed k; what a score is measured against has seeds of its own (scores: 1,000,000 + k)
+EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 500_000, 600_000, 700_000
+
+
+# ------------------------------------------------------------------------------------------------ experts
+# An expert lives for one episode: policy = Expert(env), then policy(obs, reward) -> action, where reward is what the
+# previous action earned (0.0 at first).
+class MetaWorldExpert:
+    """The scripted policy that Meta-World ships for the task: obs (39,) -> action (4,) float32."""
+
+    def __init__(self, env):
+        from metaworld.policies import ENV_POLICY_MAP
+        self.policy = ENV_POLICY_MAP[env.unwrapped.name]()
+
+    def __call__(self, obs, reward):
+        # The scripts are proportional controllers that ask for more than 1; the simulator clips
+        # silently. A label must be an action that an agent can emit, so it is clipped here.
+        return np.clip(self.policy.get_action(obs), -1.0, 1.0).astype(np.float32)
+
+
+class CartpoleExpert:
+    """cartpole-balance and cartpole-swingup: obs (x, cos, sin, x', theta') -> force / 10 N, (1,).
+
+    theta is 0 upright. A cart that accelerates by a tilts the pole: theta'' = 3/2 (g sin - a cos).
+    """
+
+    def __init__(self, env):
+        pass
+
+    def __call__(self, obs, reward):
+        x, cos, sin, dx, dtheta = obs
+        theta = np.arctan2(sin, cos)
+        if abs(theta) < 0.7:
+            # Near upright, linear: run under the pole as it falls, and drift back to the middle.
+            push = 1.0 * x + 1.2 * dx + 9.0 * theta + 2.5 * dtheta
+        else:
+            # Energy of the pole over m l (l = 1/2): 0 at rest upright, -2 g hanging. It changes by
+            # -a cos(theta) theta', so a push along energy cos(theta) theta' brings it to 0.
+            energy = dtheta ** 2 / 3 + 9.81 * (cos - 1)
+            push = 0.2 * energy * cos * dtheta - 0.3 * dx
+        return np.clip([push], -1.0, 1.0).astype(np.float32)
+
+
+class PointMassExpert:
+    """point_mass-easy: obs (position 2, velocity 2) -> a damped spring to the origin, (2,)."""
+
+    def __init__(self, env):
+        pass
+
+    def __call__(self, obs, reward):
+        position, velocity = obs[:2], obs[2:]
+        return np.clip(-10.0 * position - 2.0 * velocity, -1.0, 1.0).astype(np.float32)
+
+
+class ReacherExpert:
+    """reacher-easy and -hard: obs (angles 2, to_target 2, velocity 2) -> joint torques (2,).
+
+    A damped spring from the finger to the target, as torques: tau = J^T (k e) - d q'. The arm is
+    planar with two links of 0.12 m, so the Jacobian J follows from the two angles observed.
+    """
+
+    LINK = 0.12
+
+    def __init__(self, env):
+        pass
+
+    def __call__(self, obs, reward):
+        shoulder, wrist, error, velocity = obs[0], obs[0] + obs[1], obs[2:4], obs[4:6]
+        # finger = LINK (cos s + cos w, sin s + sin w) with w the forearm's absolute angle
+        forearm = self.LINK * np.array([-np.sin(wrist), np.cos(wrist)])      # d finger / d q2
+        upper = self.LINK * np.array([-np.sin(shoulder), np.cos(shoulder)]) + forearm
+        torque = 60.0 * np.array([upper @ error, forearm @ error]) - 0.24 * velocity
+        return np.clip(torque, -1.0, 1.0).astype(np.float32)
+
+
+class DarkRoomExpert:
+    """Sweep the room row by row, alternately right and left, until a reward; then stay there.
+
+    The sweep is a function of the position alone, so noise that knocks the agent about cannot
+    derail it; cells that it skipped on the way are visited when the sweep has come to its end.
+    Without noise goal number k along the sweep (from 0) gives a return of exactly 100 - k.
+    """
+
+    def __init__(self, env):
+        self.size = env.unwrapped.SIZE
+        self.unseen = np.ones((self.size, self.size), bool)
+        self.goal = None
+        self.first, self.swept = True, False
+
+    def __call__(self, obs, reward):
+        row, col = int(obs[0]), int(obs[1])
+        if self.first:              # (0, 0) too pays only for a step that ends on it: stay, once
+            self.first = False
+            return DarkRoom.STAY
+        self.unseen[row, col] = False
+        if reward > 0:
+            self.goal = (row, col)
+        if self.goal is not None:
+            return self._towards(row, col, *self.goal)
+        end = self.size - 1 if row % 2 == 0 else 0              # the column where this row ends
+        self.swept |= row == self.size - 1 and col == end
+        if self.swept and self.unseen.any():
+            rows, cols = np.nonzero(self.unseen)
+            nearest = np.argmin(abs(rows - row) + abs(cols - col))
+            return self._towards(row, col, rows[nearest], cols[nearest])
+        if col != end:
+            return DarkRoom.RIGHT if row % 2 == 0 else DarkRoom.LEFT
+        return DarkRoom.DOWN
+
+    def _towards(self, row, col, to_row, to_col):
+        if row != to_row:
+            return DarkRoom.DOWN if to_row > row else DarkRoom.UP
+        if col != to_col:
+            return DarkRoom.RIGHT if to_col > col else DarkRoom.LEFT
+        return DarkRoom.STAY
+
+
+class FreewayExpert:
+    """Placeholder."""
+
+    def __init__(self, env):
+        self.ale = env.unwrapped.ale
+
+    def __call__(self, obs, reward):
+        return 2
+
+
+class PongExpert(FreewayExpert):
+    """Placeholder."""
+
+
+class BreakoutExpert(FreewayExpert):
+    """Placeholder."""
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+@dataclass(frozen=True)
+class Recipe:
+    """How the data of a task are made: whose actions, how many episodes, how much noise in their execution."""
+    expert: Callable                # expert(env) -> policy(obs, reward) -> action
+    episodes: int = 30
+    sigma: float = 0.3              # largest noise; a quarter of the episodes has none
+    references: int = 20            # episodes that measure expert and random policy
+
+
+RECIPES = {
+    "darkroom": Recipe(DarkRoomExpert, episodes=320, sigma=0.05, references=80),
+    "metaworld": Recipe(MetaWorldExpert),
+    "metaworld/push-v3": Recipe(MetaWorldExpert, episodes=60, sigma=0.15),
+    "metaworld/pick-place-v3": Recipe(MetaWorldExpert, episodes=60, sigma=0.1),
+    "dmcontrol/cartpole-balance": Recipe(CartpoleExpert, episodes=20, sigma=0.5),
+    "dmcontrol/cartpole-swingup": Recipe(CartpoleExpert, episodes=20),
+    "dmcontrol/point_mass-easy": Recipe(PointMassExpert, episodes=40),
+    "dmcontrol/reacher-easy": Recipe(ReacherExpert, episodes=40),
+    "atari/freeway": Recipe(FreewayExpert, episodes=16, sigma=0.1, references=8),
+    "atari/pong": Recipe(PongExpert, episodes=10, sigma=0.02, references=5),
+    "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8),
+}
+
+
+def recipe_of(task):
+    """The recipe of a task: its own row, else its domain's."""
+    recipe = RECIPES.get(task) or RECIPES.get(task.partition("/")[0])
+    if recipe is None:
+        raise SystemExit(f"there is no expert for {task}; there are experts for {', '.join(RECIPES)}")
+    return recipe
+
+
+def expert_policy(envs, expert):
+    """A new expert for each episode of each row, as a policy of eval.rollout."""
+    experts = [None] * envs.num_envs
+
+    def act(obs, reward, done):
+        for row in np.flatnonzero(done):
+            experts[row] = expert(envs.envs[row])
+        reward = np.where(done, 0.0, reward)
+        return np.stack([policy(o, r) for policy, o, r in zip(experts, obs, reward)])
+    return act
+
+
+class NoisyActions(gym.ActionWrapper):
+    """Executes a noisy copy of each action, so that data also show how to recover from mistakes.
+
+    Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a uniformly random
+    action instead. sigma is 0 in a quarter of the episodes, else uniform up to sigma_max; noise and sigma follow
+    from reset's seed alone.
+    """
+
+    def __init__(self, env, sigma_max):
+        super().__init__(env)
+        self.sigma_max = sigma_max
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = np.random.default_rng([seed, 1])             # [., 1]: not the stream of the world
+        self.sigma = self.rng.uniform(0, self.sigma_max) * (self.rng.random() > 0.25)
+        return self.env.reset(seed=seed, options=options)
+
+    def action(self, action):
+        """The action that is executed in place of `action`."""
+        space = self.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            return self.rng.integers(space.n) if self.rng.random() < self.sigma else action
+        noise = self.sigma * self.rng.standard_normal(space.shape)
+        return np.clip(action + noise, -1, 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------ writing files
+def write_json(path, content):
+    """Atomically."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def write_trajectory(path, states, actions, rewards, terminated):
+    """One trajectory to HDF5, atomically: the name appears when the file is whole."""
+    temporary = Path(f"{path}.tmp")
+    images = states.dtype == np.uint8
+    try:
+        with h5py.File(temporary, "w") as f:
+            # one chunk is about one window; level 1 of gzip halves the time of higher ones at nearly their size
+            layout = dict(compression="gzip", compression_opts=1,
+                          chunks=(min(50, len(states)), *states.shape[1:])) if images else {}
+            f.create_dataset("states", data=states, **layout)
+            f.create_dataset("actions", data=actions)
+            f.create_dataset("rewards", data=rewards.astype(np.float32))
+            dones = np.zeros(len(rewards), bool)
+            dones[-1] = terminated
+            f.create_dataset("dones", data=dones)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}; nothing half-written is left, free some space and run the "
+                      "same command again: it continues") from error
+
+
+def split_lives(episode):
+    """An episode -> the (start, stop) of its lives; one piece where the world has no lives."""
+    lost = np.flatnonzero(np.diff(episode.lives) < 0) + 2
+    bounds = [0, *[int(b) for b in lost if b < len(episode.rewards)], len(episode.rewards)]
+    return list(zip(bounds[:-1], bounds[1:]))
+
+
+def _make_episodes(task, folder, seeds):
+    """Worker: play the expert on seeds and write a file per trajectory; a seed's files appear together."""
+    recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
+    make = lambda: NoisyActions(make_env(task), recipe.sigma)
+    for episode in rollout(make, partial(expert_policy, expert=recipe.expert), seeds, num_envs=1):
+        rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
+        pieces = split_lives(episode)
+        for life, (a, b) in reversed(list(enumerate(pieces))):      # life 0 last: it marks the seed as done
+            path = Path(folder) / (f"{episode.seed:06d}.hdf5" if life == 0 else f"{episode.seed:06d}-{life}.hdf5")
+            end = episode.terminated or life + 1 < len(pieces)
+            write_trajectory(path, episode.states[a:b], episode.actions[a:b], rewards[a:b], end)
+    return len(seeds)
+
+
+def _measure(task, who, seeds):
+    """Worker: mean returns of the expert without noise, the random policy or a constant action (int)."""
+    policy = {"expert": partial(expert_policy, expert=recipe_of(task).expert), "random": random_policy}.get(
+        who, partial(constant_policy, action=who))
+    done = rollout(partial(make_env, task), policy, seeds, num_envs=4, keep_states=False)
+    return [float(e.rewards.sum()) for e in done]
+
+
+def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
+    """Generate what is missing of the tasks' data; returns the tasks that exist now.
+
+    episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes being
+    played: the next call continues. Tasks whose simulator is missing are named and left out.
+    """
+    from tqdm import tqdm
+    root, present, plans = Path(root), [], {}
+    for task in tasks:
+        missing = is_available(task)
+        if missing:
+            print(f"{task} left out: its simulator is not installed ({missing})", file=sys.stderr)
+            continue
+        present.append(task)
+        plan = _plan(task, root / task, episodes)
+        if plan:
+            plans[task] = plan
+    jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]
+    if not jobs:
+        return present
+    # few more than one process per core would only take turns; long jobs first, so that none runs alone at the end
+    processes = processes or min(os.cpu_count() or 1, 8)
+    jobs.sort(key=lambda job: job[1].startswith("atari"), reverse=True)
+    measured = {task: {} for task in plans}
+    context = multiprocessing.get_context("spawn")
+    total = sum(len(args[-1]) for _, _, args in jobs)
+    with ProcessPoolExecutor(processes, context, _quiet_worker) as pool, \
+            tqdm(total=total, desc="make data", unit="episode") as bar:
+        futures = {pool.submit(function, task, *args): (function, task, args) for function, task, args in jobs}
+        try:
+            for future in as_completed(futures):
+                function, task, args = futures[future]
+                if function is _measure:
+                    measured[task].setdefault(args[0], []).extend(future.result())
+                else:
+                    future.result()
+                bar.set_postfix_str(task)
+                bar.update(len(args[-1]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for task in plans:
+        _finish_task(task, root / task, measured[task])
+    return present
+
+
+def _quiet_worker():
+    """One thread per process: the simulators and experts are serial, their processes are parallel."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _plan(task, folder, episodes):
+    """The jobs [(function, args)] that complete a task's folder, the last argument a list of seeds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, domain = recipe_of(task), split_task(task)[0]
+    heldout = task.split("/")[1] in domain.heldout
+    wanted = 0 if heldout else (episodes or recipe.episodes)        # held out: scored, never trained on
+    seeds = [s for s in range(wanted) if not (folder / f"{s:06d}.hdf5").exists()]
+    if not seeds and (folder / "task.json").exists():
+        return []
+    chunk = 2 if task.startswith("atari") else 10
+    plan = [(_make_episodes, (str(folder), seeds[i:i + chunk])) for i in range(0, len(seeds), chunk)]
+    n = min(recipe.references, 2 * episodes) if episodes else recipe.references
+    span = lambda start: list(range(start, start + n))
+    plan += [(_measure, ("expert", span(EXPERT_SEED))), (_measure, ("random", span(RANDOM_SEED)))]
+    env = make_env(task)
+    if isinstance(env.action_space, gym.spaces.Discrete):
+        few = max(1, n // 8)
+        plan += [(_measure, (a, list(range(CONSTANT_SEED, CONSTANT_SEED + few)))) for a in range(env.action_space.n)]
+    env.close()
+    return plan
+
+
+def _finish_task(task, folder, measured):
+    """Write the index files and the card."""
+    recipe, (domain, name) = recipe_of(task), split_task(task)
+    env = make_env(task)
+    space, obs_space = env.action_space, env.observation_space
+    env.close()
+    image = obs_space.dtype == np.uint8
+    lengths, returns, total, square, count = {}, {}, 0.0, 0.0, 0
+    for path in sorted(folder.glob("*.hdf5")):
+        with h5py.File(path) as f:
+            lengths[path.stem], returns[path.stem] = len(f["rewards"]), float(np.sum(f["rewards"]))
+            if not image:
+                states = np.asarray(f["states"], np.float64)
+                total, square, count = total + states.sum(0), square + (states ** 2).sum(0), count + len(states)
+    card = {
+        "task": task, "domain": task.split("/")[0], "heldout": name in domain.heldout,
+        "observation": {"kind": "image" if image else "vector", "shape": list(obs_space.shape)},
+        "action": {"kind": "discrete", "n": int(space.n)} if isinstance(space, gym.spaces.Discrete) else
+                  {"kind": "continuous", "dims": int(space.shape[0])},
+        "reward_scale": domain.reward_scale, "clip_rewards": domain.clip_rewards,
+        "constant_rtg": domain.constant_rtg is not None,
+        "target_return": domain.constant_rtg or max(returns.values(), default=0.0),
+        "reference_score": float(np.mean(measured["expert"])), "random_score": float(np.mean(measured["random"])),
+        "made_by": f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
+        "versions": {p: importlib.metadata.version(p) for p in
+                     {"gymnasium", "numpy", domain.package.replace("_", "-")}},
+    }
+    constants = {a: np.mean(r) for a, r in measured.items() if isinstance(a, int)}
+    if constants:
+        best = max(constants, key=constants.get)
+        card["constant"] = {"action": best, "mean_return": float(constants[best])}
+    if count:
+        mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
+        card["state_mean"], card["state_std"] = mean.tolist(), np.where(std < 1e-4, 1.0, std).tolist()
+    write_json(folder / "episode_lengths.json", lengths)
+    write_json(folder / "episode_returns.json", returns)
+    write_json(folder / "task.json", card)
+
+
+# ------------------------------------------------------------------------------------------ reading files
+class BadTrajectory(ValueError):
+    """A file that must not be trained on; the message names path and reason."""
+
+
+@dataclass
+class Trajectory:
+    """One validated trajectory; images stay on disk and are sliced there, everything else is in memory."""
+    states: np.ndarray | h5py.Dataset       # (T, S) float32 or (T, 1, 64, 64) uint8
+    actions: np.ndarray                     # (T,) int64 or (T, A) float32
+    rewards: np.ndarray                     # (T,) float32
+    returns_to_go: np.ndarray               # (T,) float32
+    file: h5py.File | None                  # open while images are read from it
+
+
+def open_trajectory(path, card=None):
+    """Read and validate one file (against its task's card, if given). Raises BadTrajectory with path and reason."""
+    bad = lambda reason: BadTrajectory(f"{path}: {reason}")
+    try:
+        f = h5py.File(path, "r")
+    except OSError as error:
+        raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
+    try:
+        missing = [key for key in ("states", "actions", "rewards", "dones") if key not in f]
+        if missing:
+            raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
+        states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
+        T = len(states)
+        if T == 0 or len(actions) != T or rewards.shape != (T,) or f["dones"].shape not in ((T,), ()):
+            raise bad(f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, rewards "
+                      f"{rewards.shape}, dones {f['dones'].shape}")
+        image = states.dtype == np.uint8
+        if image and states.ndim != 4 or not image and (states.ndim != 2 or states.dtype.kind != "f"):
+            raise bad(f"states are {states.dtype} {states.shape}; expected float (T, S) or uint8 (T, C, 64, 64)")
+        if not image:
+            states = states[:].astype(np.float32)
+        _check_values(bad, states, actions, rewards, image, card)
+        rtg = f["returns_to_go"][:] if "returns_to_go" in f else np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
+        if rtg.shape != (T,) or not np.isfinite(rtg).all():
+            raise bad(f"returns_to_go {rtg.shape} are not {T} finite numbers")
+    except (OSError, KeyError, RuntimeError) as error:
+        f.close()
+        raise bad(f"damaged inside ({str(error)[:80]})") from None
+    except BadTrajectory:
+        f.close()
+        raise
+    if not image:
+        f.close()
+    actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
+    return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32), f if image else None)
+
+
+def _check_values(bad, states, actions, rewards, image, card):
+    """Values and shapes of one trajectory; raises bad(reason)."""
+    if not np.isfinite(rewards).all() or (not image and not np.isfinite(states).all()):
+        raise bad("holds NaN or infinite states or rewards")
+    if actions.ndim == 1 and actions.dtype.kind not in "iu" or actions.ndim == 2 and actions.dtype.kind != "f" \
+            or actions.ndim > 2:
+        raise bad(f"actions are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
+    discrete = actions.ndim == 1
+    low, high = (0, 17) if discrete else (-1.0, 1.0)
+    if card and (card["action"]["kind"] == "discrete") != discrete:
+        raise bad(f"actions are {actions.dtype} {actions.shape}, but the card says {card['action']}")
+    if card and discrete:
+        high = card["action"]["n"] - 1
+    if card and not discrete and actions.shape[1] != card["action"]["dims"]:
+        raise bad(f"actions have {actions.shape[1]} dimensions, but the card says {card['action']['dims']}")
+    if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
+        raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
+    if card and tuple(states.shape[1:]) != tuple(card["observation"]["shape"]):
+        raise bad(f"states are {states.shape[1:]} each, but the card says {tuple(card['observation']['shape'])}")
+
+
+def load_card(folder):
+    """The card of a task's folder."""
+    try:
+        return json.loads((Path(folder) / "task.json").read_text())
+    except FileNotFoundError:
+        raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make "
+                         f"{'/'.join(Path(folder).parts[-2:])}") from None
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{folder}/task.json is not JSON ({error}); delete it and run data.py make again") from None
+
+
+def load_lengths(folder):
+    """{episode: steps} from the index, so that no trajectory is opened; read from the files where there is none."""
+    index, folder = Path(folder) / "episode_lengths.json", Path(folder)
+    if index.exists():
+        return json.loads(index.read_text())
+    lengths = {}
+    for path in sorted(folder.glob("*.hdf5")):
+        lengths[path.stem] = len(open_trajectory(path).rewards)
+    return lengths
+
+
+# ----------------------------------------------------------------------------------------------- windows
+class Mixture:
+    """The trajectories of several tasks, as random windows for training and fixed ones for validation.
+
+    Batches come from one domain at a time. Every batch follows from (seed, step, domain) alone, so a run that
+    is resumed at a step sees what it would have seen. on_bad: "refuse" stops at a malformed file, "skip" names
+    it once and goes on without it. At most `open_files` trajectories are held open.
+    """
+
+    def __init__(self, root, tasks, context, standardise=False, on_bad="refuse", open_files=512):
+        self.context, self.standardise, self.on_bad, self.open_files = context, standardise, on_bad, open_files
+        self.cards, self.train, self.validation = {}, {}, {}
+        self.cache, self.bad = OrderedDict(), set()
+        for task in tasks:
+            folder = Path(root) / task
+            card = self.cards[task] = load_card(folder)
+            if card["heldout"]:
+                continue
+            lengths = sorted(load_lengths(folder).items())
+            if not lengths:
+                raise SystemExit(f"{folder} holds no trajectories; run: python data.py make {task}")
+            # the same trajectories are held out whatever else is in the mixture
+            order = np.random.RandomState(0).permutation(len(lengths))
+            n_val = max(1, round(VALIDATION_FRACTION * len(lengths))) if len(lengths) > 1 else 0
+            for rank, k in enumerate(order):
+                part = self.validation if rank < n_val else self.train
+                part.setdefault(card["domain"], []).append((task, *lengths[k]))
+        self.root, self.domains = Path(root), list(self.train)
+        if not self.domains:
+            raise SystemExit(f"nothing to train on among {', '.join(tasks)}")
+        self.weights = {d: np.array([n for _, _, n in rows], np.float64) for d, rows in self.train.items()}
+
+    def get(self, task, stem):
+        """The trajectory, validated at its first use and kept open; None if it is bad and on_bad is "skip"."""
+        path = self.root / task / f"{stem}.hdf5"
+        if path in self.cache:
+            self.cache.move_to_end(path)
+            return self.cache[path]
+        try:
+            trajectory = open_trajectory(path, self.cards[task])
+        except BadTrajectory as error:
+            if self.on_bad == "refuse":
+                raise SystemExit(f"malformed data: {error}\nrepair or delete it, or go on without it: "
+                                 "--on-bad skip. All faults at once: python data.py check "
+                                 f"{self.root}") from None
+            if path not in self.bad:
+                print(f"skipped: {error}", file=sys.stderr)
+                self.bad.add(path)
+            return None
+        self.cache[path] = trajectory
+        if len(self.cache) > self.open_files:
+            _, old = self.cache.popitem(last=False)
+            if old.file:
+                old.file.close()
+        return trajectory
+
+    def window(self, task, stem, start):
+        """Steps start to start + C of a trajectory as the model reads them; None if the file is bad.
+
+        reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale; previous is the
+        action before, with `known` false where there is none.
+        """
+        from lram import prepare_states
+        trajectory, card = self.get(task, stem), self.cards[task]
+        if trajectory is None:
+            return None
+        stop = min(start + self.context, len(trajectory.rewards))
+        try:
+            states = trajectory.states[start:stop]
+        except OSError as error:
+            raise SystemExit(f"malformed data: {self.root / task / stem}.hdf5: cannot be read at step {start} "
+                             f"({error}); delete it, or see: python data.py check {self.root}") from None
+        shifted = lambda x: np.concatenate([x[start - 1:start] if start else np.zeros_like(x[:1]),
+                                            x[start:stop - 1]])
+        rtg = trajectory.returns_to_go[start:stop]
+        if card["constant_rtg"]:
+            rtg = np.full_like(rtg, card["target_return"])
+        known = np.ones(stop - start, bool)
+        known[0] = start > 0
+        return {"obs": prepare_states(states, card, self.standardise),
+                "reward": shifted(trajectory.rewards) / np.float32(card["reward_scale"]),
+                "rtg": rtg / np.float32(card["reward_scale"]), "action": trajectory.actions[start:stop],
+                "previous": shifted(trajectory.actions), "known": known}
+
+    def sample(self, domain, batch_size, seed, step):
+        """A batch of random windows, see collate: trajectories in proportion to length, then any start."""
+        rng = np.random.default_rng([seed, step, self.domains.index(domain)])
+        rows, weights = self.train[domain], self.weights[domain]
+        windows, tries = [], 0
+        while len(windows) < batch_size:
+            task, stem, length = rows[rng.choice(len(rows), p=weights / weights.sum())]
+            start = int(rng.integers(max(1, length - self.context + 1)))
+            window = self.window(task, stem, start)
+            tries += 1
+            if window is not None:
+                windows.append(window)
+            elif tries > 100 * batch_size:
+                raise SystemExit(f"every trajectory of {domain} that was tried is malformed; see: "
+                                 f"python data.py check {self.root}")
+        return collate(windows, self.context)
+
+    def validation_batches(self, domain, batch_size, max_windows=96):
+        """The held-out trajectories cut into consecutive windows, evenly thinned to at most max_windows."""
+        cuts = [(task, stem, start) for task, stem, length in self.validation.get(domain, [])
+                for start in range(0, length, self.context)]
+        keep = np.unique(np.linspace(0, len(cuts) - 1, min(max_windows, len(cuts))).astype(int))
+        windows = [w for w in (self.window(*cuts[k]) for k in keep) if w is not None]
+        for i in range(0, len(windows), batch_size):
+            yield collate(windows[i:i + batch_size], self.context)
+
+
+def collate(windows, context):
+    """Windows of at most C steps -> one batch of arrays, padded with zeros on the right.
+
+    obs (B, C, S or 1, 64, 64), reward, rtg (B, C), action and previous (B, C) int or (B, C, A) float, known
+    (B, C), mask (B, C) or (B, C, A): true on real steps, and on the dimensions that a task really has.
+    """
+    def stack(key):
+        width = np.max([w[key].shape[1:] for w in windows], axis=0).astype(int)
+        out = np.zeros((len(windows), context, *width), windows[0][key].dtype)
+        for b, w in enumerate(windows):
+            out[(b, *map(slice, w[key].shape))] = w[key]
+        return out
+    kinds = {(w["action"].ndim, w["obs"].ndim) for w in windows}
+    if len(kinds) > 1:
+        raise SystemExit("a domain mixes discrete and continuous actions, or images and vectors: give its tasks "
+                         "two domain names")
+    for w in windows:
+        w["mask"] = np.ones(w["action"].shape, bool)
+    return {key: stack(key) for key in ("obs", "reward", "rtg", "action", "previous", "known", "mask")}
+
+
+# ----------------------------------------------------------------------------------------------- program
+def task_folders(path):
+    """All folders below path that hold trajectories."""
+    return sorted({p.parent for p in Path(path).rglob("*.hdf5")})
+
+
+def check(path):
+    """Validate every trajectory below path; print the faults; returns their number."""
+    files = sorted(Path(path).rglob("*.hdf5"))
+    faults = 0
+    for file in files:
+        card = load_card(file.parent) if (file.parent / "task.json").exists() else None
+        try:
+            trajectory = open_trajectory(file, card)
+            trajectory.states[:]                                    # images: decompress everything once
+            if trajectory.file:
+                trajectory.file.close()
+        except (BadTrajectory, OSError) as error:
+            print(error)
+            faults += 1
+    print(f"{path}: {len(files)} trajectories, {faults} with faults")
+    return faults + (not files)
+
+
+def info(path):
+    """Print a table of what is below path."""
+    print(f"{'task':<36}{'episodes':>9}{'steps':>9}{'length':>8}{'return mean (min to max)':>28}"
+          f"{'consecutive actions':>21}")
+    for folder in task_folders(path):
+        lengths, returns, differ = [], [], []
+        for file in sorted(folder.glob("*.hdf5")):
+            t = open_trajectory(file)
+            lengths.append(len(t.rewards))
+            returns.append(t.rewards.sum())
+            a = t.actions
+            # Table 7 of the paper: mean squared difference, or how often it changes where actions are discrete
+            differ.append((np.mean((a[1:] - a[:-1]) ** 2) if a.ndim == 2 else np.mean(a[1:] != a[:-1]))
+                          if len(a) > 1 else 0.0)
+        spread = f"{np.mean(returns):.1f} ({np.min(returns):.1f} to {np.max(returns):.1f})"
+        kind = "squared diff." if a.ndim == 2 else "changes"
+        print(f"{'/'.join(folder.parts[-2:]):<36}{len(lengths):>9}{sum(lengths):>9}{np.mean(lengths):>8.0f}"
+              f"{spread:>28}{np.mean(differ):>8.3f} {kind}")
+
+
+@dataclass
+class Make:
+    """Generate what is missing of the tasks' data (default: the default mixture)."""
+    tasks: tyro.conf.Positional[tuple[str, ...]] = DEFAULT_TASKS
+    """Tasks named domain/task; python eval.py --list shows them."""
+    root: Path = Path("datasets")
+    """Where the data live."""
+    episodes: int | None = None
+    """Episodes per task (default: each recipe's own)."""
+    processes: int | None = None
+    """Worker processes (default: one per core, at most 8)."""
+
+
+@dataclass
+class Check:
+    """Validate every trajectory below a folder; exit code 1 names the faults."""
+    path: tyro.conf.Positional[Path] = Path("datasets")
+    """A folder at any level of the layout."""
+
+
+@dataclass
+class Info:
+    """Counts, lengths, returns and action statistics of what is below a folder."""
+    path: tyro.conf.Positional[Path] = Path("datasets")
+    """A folder at any level of the layout."""
+
+
+def main(args):
+    """See the opening of this file."""
+    if isinstance(args, Make):
+        make(args.tasks, args.root, args.episodes, args.processes)
+        info(args.root)
+    elif isinstance(args, Check):
+        sys.exit(1 if check(args.path) else 0)
+    else:
+        info(args.path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Make | Check | Info, description=__doc__))

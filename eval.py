@@ -1,0 +1,595 @@
+"""The worlds: task table, environments, one rollout loop, scores; as a program, it scores a checkpoint.
+
+    python eval.py --checkpoint runs/mlstm/checkpoint.pt                # needs nothing but the checkpoint
+    python eval.py --checkpoint ... --tasks metaworld/reach-v3 --episodes 50 --video reach.gif
+    python eval.py --list                                              # every task, and what is missing for it
+
+Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl, Atari (ALE),
+Dark-Room (Laskin et al., 2022). Each world keeps one contract:
+
+    observation    float32 vector (S,) with S <= 204, or a gray uint8 image (1, 64, 64)
+    action         Discrete(n <= 18), or Box(-1, 1) of at most 8 dimensions
+    reset(seed=s)  alone determines the episode, also when one instance is reset thousands of times
+    end            out of time is `truncated`; `terminated` is an end of the task itself
+
+Scores are normalised: 0 is the random policy, 1 the mean of the reference (the expert that made the data),
+
+    score = (return - random) / (reference - random)
+
+averaged over episodes, then over the tasks of a domain, then over domains, so that each counts the same. The
+interval is a 95 % bootstrap, stratified: episodes are redrawn within their task (Agarwal et al., 2021, rliable).
+
+Not included: simulator processes in parallel, rendering of MuJoCo without an OpenGL library.
+"""
+import difflib
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+EVALUATION_SEED = 1_000_000     # episodes k = 0, 1, ... of a score use seed 1,000,000 + k: never used for data
+METAWORLD_STEPS = 200          # the paper's limit; the simulator's own is 500
+DMCONTROL_STEPS = 1000         # every task of the suite's benchmarking set lasts this long
+
+
+# ------------------------------------------------------------------------------------------------ Meta-World
+class MetaWorld(gym.Env):
+    """One Meta-World v3 task with the goal visible, as in MT1, but with unlimited goals.
+
+    Observation (39,) float32: hand (3), gripper opening, two objects (position 3, quaternion 4
+    each), the same 18 numbers one step earlier, goal (3). Action (4,) float32: displacement of the
+    hand (3), grip. Reward 0..10; info['success'] is 1.0 on the steps on which the task is solved.
+
+    Made from the class below the MT1 benchmark: MT1 resets a second simulator 50 times to draw 50
+    fixed goals (0.45 s a task against 0.09 s). Here each seed draws its own goal and objects.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
+
+    def __init__(self, name, render_mode=None):
+        import metaworld                                   # 0.4 s: only who uses it pays for it
+        tasks = metaworld.ALL_V3_ENVIRONMENTS
+        if name not in tasks:
+            raise ValueError(f'no Meta-World task {name!r}; choose from: {", ".join(tasks)}')
+        self.name, self.render_mode = name, render_mode
+        self.sim = tasks[name](render_mode=render_mode, camera_name="corner2")
+        # Do what set_task() would do, less the frozen draw: goal and objects are drawn anew from
+        # sim.np_random at each reset (and not from numpy's global generator, the default).
+        self.sim._set_task_called = True
+        self.sim._freeze_rand_vec = False
+        self.sim.seeded_rand_vec = True
+        # Show the goal. step() clips the observation to a cached space in which a hidden goal may
+        # only be 0, so the cache has to go too, else the goal vanishes after the first step.
+        self.sim._partially_observable = False
+        del self.sim.sawyer_observation_space
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.sim.np_random = self.np_random
+        obs, _ = self.sim.reset()
+        return obs.astype(np.float32), {}
+
+    def step(self, action):
+        obs, reward, terminated, _, info = self.sim.step(action)     # the limit is TimeLimit's
+        return obs.astype(np.float32), float(reward), terminated, False, info
+
+    def render(self):
+        return self.sim.render()[::-1, ::-1]               # this camera is mounted upside down
+
+    def close(self):
+        self.sim.close()
+
+
+def make_metaworld(name, render=False):
+    """Meta-World task `name` ('reach-v3', one of 50), truncated after 200 steps. See MetaWorld."""
+    check_mujoco_gl(render)
+    env = MetaWorld(name, render_mode="rgb_array" if render else None)
+    return gym.wrappers.TimeLimit(env, METAWORLD_STEPS)
+
+
+# ------------------------------------------------------------------------------------------------- DMControl
+class DMControl(gym.Env):
+    """One task of the DeepMind Control Suite: flat float32 observation, action Box(-1, 1).
+
+    The observation is the suite's dictionary, flattened in its own order; `slices` says where each
+    entry went, e.g. {'position': slice(0, 3), 'velocity': slice(3, 5)}. Reward 0..1 a step.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+
+    def __init__(self, name, render_mode=None):
+        from dm_control import suite
+        domain, _, task = name.partition("-")
+        if (domain, task) not in suite.ALL_TASKS:
+            near = [f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain]
+            near = near or [f"{d}-{t}" for d, t in suite.BENCHMARKING]
+            raise ValueError(f'no DMControl task {name!r}; choose from: {", ".join(near)}')
+        self.name, self.render_mode = name, render_mode
+        self.sim = suite.load(domain, task, task_kwargs={"random": 0})
+        spec = self.sim.action_spec()
+        # Action in [-1, 1] -> [minimum, maximum]: mostly the identity, but not for quadruped, say.
+        self.centre = (spec.maximum + spec.minimum) / 2
+        self.scale = (spec.maximum - spec.minimum) / 2
+        if self.scale.max() > 1e6:                         # MuJoCo's way to say "no limit" (lqr)
+            raise ValueError(f"{name} has unbounded actions, which Box(-1, 1) cannot express")
+        self.action_space = gym.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        self.slices, size = {}, 0
+        for key, entry in self.sim.observation_spec().items():
+            width = int(np.prod(entry.shape))              # a scalar has shape () and width 1
+            self.slices[key], size = slice(size, size + width), size + width
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def _flatten(self, observation):
+        parts = [np.ravel(value) for value in observation.values()]
+        return np.concatenate(parts).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        # The task draws its start from its own generator; to reseed that one costs microseconds,
+        # to load the task again (the documented way) parses the XML anew for 40 ms.
+        if seed is not None:
+            self.sim.task.random.seed(seed)
+        return self._flatten(self.sim.reset().observation), {}
+
+    def step(self, action):
+        step = self.sim.step(self.centre + self.scale * action)
+        # discount 0 is an end of the task itself, 1 on the last step is the end of time.
+        terminated = step.last() and step.discount == 0.0
+        truncated = step.last() and not terminated
+        return self._flatten(step.observation), float(step.reward), terminated, truncated, {}
+
+    def render(self):
+        return self.sim.physics.render(height=480, width=480, camera_id=0)
+
+
+def make_dmcontrol(name, render=False):
+    """DMControl task `name` ('domain-task'), truncated after 1000 steps. See DMControl."""
+    check_mujoco_gl(render)
+    env = DMControl(name, render_mode="rgb_array" if render else None)
+    return gym.wrappers.TimeLimit(env, DMCONTROL_STEPS)
+
+
+def check_mujoco_gl(render):
+    """Choose MuJoCo's OpenGL before its first import: none, unless pictures were asked for."""
+    if not render:
+        os.environ.setdefault("MUJOCO_GL", "disabled")     # a machine without OpenGL will do
+        return
+    # EGL draws on a GPU or, through Mesa, on a CPU, and needs no display; macOS has only GLFW.
+    choice = os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+    if choice == "disabled":
+        raise RuntimeError(
+            "render=True, but MUJOCO_GL is 'disabled' (by you, or by a world made earlier without "
+            "render=True, and MuJoCo reads it only once): start Python with MUJOCO_GL=egl (GPU or "
+            "CPU; apt-get install libegl1), osmesa (CPU; libosmesa6) or glfw (a desktop).")
+
+
+# ------------------------------------------------------------------------------------------------- Dark-Room
+class DarkRoom(gym.Env):
+    """A 10 x 10 room without light: one hidden cell pays +1 on each step that ends on it.
+
+    Start (0, 0); observation (row, col) float32; actions 0 up, 1 down, 2 left, 3 right, 4 stay (a
+    wall stops a move); truncated after 100 steps, never terminated. The goal is not observed: only
+    the memory of where a reward was found can tell it.
+
+    split: 'train' (80 goals) or 'heldout' (20). `reset(seed=s)` takes goal s % number of goals,
+    so consecutive seeds visit them all; `reset(options={'goal': k})` takes goal k of the split.
+    info['goal']: its (row, col).
+    """
+
+    SIZE, STEPS = 10, 100
+    UP, DOWN, LEFT, RIGHT, STAY = range(5)
+    MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)])
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, split="train", render_mode=None):
+        cells = np.random.RandomState(43).permutation(self.SIZE ** 2)          # row-major
+        splits = {"train": cells[:80], "heldout": cells[80:]}
+        if split not in splits:
+            raise ValueError(f"split is {split!r}; choose 'train' or 'heldout'")
+        self.goals = np.stack(np.divmod(splits[split], self.SIZE), axis=1)     # (80 or 20, 2)
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(0.0, self.SIZE - 1.0, (2,), np.float32)
+        self.action_space = gym.spaces.Discrete(5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        k = (options or {}).get("goal", seed)
+        if k is None:
+            k = self.np_random.integers(len(self.goals))
+        self.goal = self.goals[k % len(self.goals)]
+        self.position, self.t = np.zeros(2, int), 0
+        return self.position.astype(np.float32), {"goal": tuple(self.goal.tolist())}
+
+    def step(self, action):
+        self.position = np.clip(self.position + self.MOVES[action], 0, self.SIZE - 1)
+        self.t += 1
+        reward = float((self.position == self.goal).all())
+        info = {"goal": tuple(self.goal.tolist())}
+        return self.position.astype(np.float32), reward, False, self.t >= self.STEPS, info
+
+    def render(self):
+        """(160, 160, 3) uint8: the agent in blue, the goal in green (only we see it)."""
+        room = np.full((self.SIZE, self.SIZE, 3), 32, np.uint8)
+        room[tuple(self.goal)] = (64, 192, 64)
+        room[tuple(self.position)] = (64, 96, 255)
+        return room.repeat(16, axis=0).repeat(16, axis=1)
+
+
+def make_darkroom(split, render=False):
+    """Dark-Room with the goals of `split` ("train" or "heldout"). See DarkRoom."""
+    return DarkRoom(split, render_mode="rgb_array" if render else None)
+
+
+# ---------------------------------------------------------------------------------------------------- Atari
+class GrayImage(gym.ObservationWrapper):
+    """(64, 64) uint8 -> (1, 64, 64): channels first, as the image encoder reads it."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
+
+    def observation(self, obs):
+        """(64, 64) -> (1, 64, 64)."""
+        return obs[None]
+
+
+def make_atari(game, render=False):
+    """Atari `game` ("freeway", "ms_pacman"): 64x64 gray, frame-skip 4, 18 actions, at most 27,000 steps."""
+    import ale_py
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)      # no banner
+    gym.register_envs(ale_py)
+    name = f"ALE/{game.replace('_', ' ').title().replace(' ', '')}-v5"
+    if name not in gym.registry:
+        known = [n[4:-3] for n in gym.registry if n.startswith("ALE/")]
+        near = difflib.get_close_matches(name[4:-3], known, n=3, cutoff=0.3)
+        raise ValueError(f"no such game; nearest: {', '.join(near)}")
+    env = gym.make(name, frameskip=1, repeat_action_probability=0.0, full_action_space=True,
+                   render_mode="rgb_array" if render else None)
+    env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64)
+    return gym.wrappers.TimeLimit(GrayImage(env), 27_000)
+
+
+# ----------------------------------------------------------------------------------------------- task table
+@dataclass(frozen=True)
+class Domain:
+    """One row: how to make its tasks, what to install, how rewards are read, how many episodes score a task."""
+    make: Callable                      # (task name, render) -> gymnasium.Env
+    package: str                        # what `import` needs
+    install: str                        # what pip needs
+    tasks: tuple                        # trained on by default recipes; others of the package can be named too
+    heldout: tuple = ()                 # never trained on
+    reward_scale: float = 1.0           # rewards and returns-to-go are divided by it (SPEC: the paper's values)
+    clip_rewards: bool = False          # the model sees rewards clipped to [-1, 1]; scores use raw ones
+    constant_rtg: float | None = None   # a return-to-go that never falls, where the true one names the goal
+    episodes: int = 20                  # per task, for a score
+
+
+DOMAINS = {
+    "darkroom": Domain(make_darkroom, "gymnasium", "gymnasium", ("train",), ("heldout",),
+                       constant_rtg=80.0, episodes=80),
+    "metaworld": Domain(make_metaworld, "metaworld", "metaworld==3.1.1 packaging",
+                        ("reach-v3", "door-open-v3", "drawer-close-v3", "button-press-topdown-v3",
+                         "window-open-v3", "push-v3", "pick-place-v3"), reward_scale=200.0),
+    "dmcontrol": Domain(make_dmcontrol, "dm_control", "dm-control==1.0.28",
+                        ("cartpole-balance", "cartpole-swingup", "point_mass-easy", "reacher-easy"),
+                        reward_scale=100.0),
+    "atari": Domain(make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless",
+                    ("freeway", "pong", "breakout"), reward_scale=20.0, clip_rewards=True, episodes=8),
+}
+
+
+def all_tasks():
+    """The table as names "domain/task"."""
+    return [f"{name}/{task}" for name, domain in DOMAINS.items() for task in domain.tasks + domain.heldout]
+
+
+def split_task(task):
+    """ "metaworld/reach-v3" -> (Domain, "reach-v3"); a name that cannot be is answered with the nearest one."""
+    domain, _, name = task.partition("/")
+    if domain in DOMAINS and name:
+        return DOMAINS[domain], name
+    near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3)
+    raise SystemExit(f"task {task!r} does not exist; tasks are named domain/task" +
+                     (f", for example {', '.join(near)}" if near else "") + ". See: python eval.py --list")
+
+
+def is_available(task):
+    """None if the task's simulator is installed, else the line that installs it."""
+    domain, _ = split_task(task)
+    found = importlib.util.find_spec(domain.package) is not None
+    return None if found else f"pip install {domain.install}"
+
+
+def make_env(task, render=False):
+    """The environment of "domain/task"; SystemExit with what to do when it does not exist or is not installed."""
+    domain, name = split_task(task)
+    missing = is_available(task)
+    if missing:
+        raise SystemExit(f"{task} needs a simulator that is not installed; install it with: {missing}")
+    try:
+        return domain.make(name, render)
+    except ValueError as error:
+        raise SystemExit(f"{task}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- rollout loop
+@dataclass
+class Episode:
+    """One finished episode of T steps: what the policy saw, asked for and got."""
+    seed: int
+    states: np.ndarray          # (T, ...) before each action
+    actions: np.ndarray         # (T,) int or (T, A) float32, as the policy asked
+    rewards: np.ndarray         # (T,) float32, raw
+    lives: np.ndarray           # (T,) int after each step, 0 where the world has none
+    success: bool               # info["success"] at any step
+    terminated: bool
+
+
+def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lambda steps: None):
+    """Play one episode per seed, num_envs at a time in lockstep; yields each Episode as it ends.
+
+    make() -> gymnasium.Env. make_policy(envs) -> act(obs, reward, done) -> actions, all with a leading batch
+    axis: reward is that of the step before, done marks the rows whose episode has just begun. The one loop for
+    experts, random policies and trained agents. advance(steps) is called for progress.
+    """
+    n, queue = min(num_envs, len(seeds)), list(seeds)
+    envs = SyncVectorEnv([make] * n, autoreset_mode=AutoresetMode.DISABLED)
+    try:
+        act = make_policy(envs)
+        row_seeds, queue = queue[:n], queue[n:]
+        obs, info = envs.reset(seed=row_seeds)
+        reward, done = np.zeros(n), np.ones(n, bool)
+        active, logs = np.ones(n, bool), [[] for _ in range(n)]
+        while active.any():
+            action = act(obs, reward, done)
+            next_obs, reward, terminated, truncated, info = envs.step(action)
+            lives, success = info.get("lives", np.zeros(n, int)), info.get("success", np.zeros(n))
+            for row in np.flatnonzero(active):
+                state = np.array(obs[row]) if keep_states else None
+                logs[row].append((state, np.array(action[row]), reward[row], lives[row], success[row]))
+            advance(int(active.sum()))
+            obs, done = next_obs, terminated | truncated
+            for row in np.flatnonzero(done & active):
+                yield _episode(row_seeds[row], logs[row], bool(terminated[row]), keep_states)
+                logs[row] = []
+                # the row goes on with the next seed; with none left it idles until the others are done
+                active[row] = bool(queue)
+                row_seeds[row] = queue.pop(0) if queue else row_seeds[row]
+            if done.any() and active.any():
+                obs, _ = envs.reset(seed=row_seeds, options={"reset_mask": done})
+    finally:
+        envs.close()
+
+
+def _episode(seed, log, terminated, keep_states):
+    states, actions, rewards, lives, success = zip(*log)
+    return Episode(seed, np.stack(states) if keep_states else None, np.stack(actions),
+                   np.array(rewards, np.float32), np.array(lives, np.int64), any(success), terminated)
+
+
+def random_policy(envs, seed=0):
+    """Uniform actions."""
+    space, rng = envs.single_action_space, np.random.default_rng(seed)
+    if isinstance(space, gym.spaces.Discrete):
+        return lambda obs, reward, done: rng.integers(space.n, size=len(done))
+    return lambda obs, reward, done: rng.uniform(-1, 1, (len(done), *space.shape)).astype(np.float32)
+
+
+def constant_policy(envs, action):
+    """The same action always: what a policy that ignores the picture can reach."""
+    return lambda obs, reward, done: np.full(len(done), action)
+
+
+def agent_policy(envs, agent):
+    """A trained lram.Agent."""
+    agent.begin(envs.num_envs)
+    return agent.act
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+def normalise(returns, card):
+    """Raw returns -> score: 0 the random policy, 1 the reference."""
+    span = card["reference_score"] - card["random_score"]
+    return (np.asarray(returns, np.float64) - card["random_score"]) / span
+
+
+def bootstrap_interval(groups, statistic, draws=2000, seed=0):
+    """95 % interval of statistic(groups), groups a list of arrays, each redrawn within itself (stratified)."""
+    rng = np.random.default_rng(seed)
+    values = [statistic([rng.choice(g, len(g)) for g in groups]) for _ in range(draws)]
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+
+
+def mean_over_domains(groups, domains):
+    """Scores of each task (a list of arrays) -> mean over episodes, then tasks, then domains."""
+    by_domain = {}
+    for scores, domain in zip(groups, domains):
+        by_domain.setdefault(domain, []).append(scores.mean())
+    return float(np.mean([np.mean(tasks) for tasks in by_domain.values()]))
+
+
+def interquartile_mean(groups):
+    """Mean of the middle half of all episodes of all tasks: robust against single disasters and records."""
+    x = np.sort(np.concatenate(groups))
+    cut = len(x) // 4
+    return float(x[cut:len(x) - cut].mean())
+
+
+def summarise(results):
+    """{task: {"returns", "card"}} -> the content of scores.json: per task, per domain, over domains."""
+    tasks, groups = {}, {}
+    for task, result in results.items():
+        card = result["card"]
+        scores = groups[task] = normalise(result["returns"], card)
+        low, high = bootstrap_interval([scores], lambda g: g[0].mean())
+        tasks[task] = {
+            "score": float(scores.mean()), "interval": [low, high], "episodes": len(scores),
+            "mean_return": float(np.mean(result["returns"])), "success": result.get("success"),
+            "random_return": card["random_score"], "reference_return": card["reference_score"],
+            "heldout": card["heldout"], "target_return": card["target_return"],
+            "best_constant_action": card.get("constant"),
+        }
+        if card.get("constant"):
+            constant = float(normalise([card["constant"]["mean_return"]], card)[0])
+            tasks[task]["constant_score"] = constant
+    trained = [t for t in tasks if not tasks[t]["heldout"]]
+    summary = {"tasks": tasks}
+    if trained:
+        chosen, domains = [groups[t] for t in trained], [t.split("/")[0] for t in trained]
+        summary["domains"] = {d: mean_over_domains([g for g, e in zip(chosen, domains) if e == d], [d] * len(
+            [e for e in domains if e == d])) for d in dict.fromkeys(domains)}
+        summary["mean_over_domains"] = mean_over_domains(chosen, domains)
+        summary["interval"] = bootstrap_interval(chosen, partial(mean_over_domains, domains=domains))
+        summary["interquartile_mean"] = interquartile_mean(chosen)
+    return summary
+
+
+def format_table(summary):
+    """The summary as a table for people."""
+    lines = [f"{'task':<34}{'return':>9}{'random':>9}{'expert':>9}{'score':>8}   95 % interval  {'constant':>9}"]
+    for task, row in summary["tasks"].items():
+        constant = f"{row['constant_score']:.2f}" if "constant_score" in row else ""
+        low, high = row["interval"]
+        name = task + (" (held out)" if row["heldout"] else "")
+        lines.append(f"{name:<34}{row['mean_return']:>9.1f}{row['random_return']:>9.1f}"
+                     f"{row['reference_return']:>9.1f}{row['score']:>8.2f}   {low:>5.2f} to {high:<5.2f} "
+                     f"{constant:>9}")
+    if "mean_over_domains" in summary:
+        lines += ["", "  ".join(f"{d} {s:.2f}" for d, s in summary["domains"].items())]
+        low, high = summary["interval"]
+        lines.append(f"mean over domains {summary['mean_over_domains']:.3f} ({low:.3f} to {high:.3f}), "
+                     f"interquartile mean over episodes {summary['interquartile_mean']:.3f}; "
+                     "1 = expert, 0 = random; held-out tasks not in the means")
+    return "\n".join(lines)
+
+
+def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=False, **agent_options):
+    """Score a model on the tasks of cards ({task: card}); returns the content of scores.json.
+
+    agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is missing is
+    named and left out.
+    """
+    from tqdm import tqdm
+    from lram import Agent
+    results = {}
+    with tqdm(total=len(cards), desc="evaluate", unit="task", disable=quiet, leave=False) as bar:
+        for task, card in cards.items():
+            bar.set_postfix_str(task)
+            missing = is_available(task)
+            if missing:
+                tqdm.write(f"{task} left out: its simulator is not installed ({missing})")
+                continue
+            n = episodes or split_task(task)[0].episodes
+            agent = Agent(model, card, seed=seed, **agent_options)
+            done = list(rollout(partial(make_env, task), partial(agent_policy, agent=agent),
+                                [seed + k for k in range(n)], num_envs, keep_states=False))
+            results[task] = {"returns": [float(e.rewards.sum()) for e in done], "card": card,
+                             "success": float(np.mean([e.success for e in done]))}
+            bar.update()
+    return summarise(results)
+
+
+# --------------------------------------------------------------------------------------------------- program
+class _FrameGrabber(gym.Wrapper):
+    """Keeps every second picture of an episode."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.frames, self.count = [], 0
+
+    def step(self, action):
+        if self.count % 2 == 0:
+            self.frames.append(self.env.render())
+        self.count += 1
+        return self.env.step(action)
+
+
+def record_video(agent, task, path, seed=EVALUATION_SEED):
+    """One episode as an animated GIF (for MuJoCo this needs an OpenGL library)."""
+    from PIL import Image
+    env = _FrameGrabber(make_env(task, render=True))
+    (episode,) = rollout(lambda: env, partial(agent_policy, agent=agent), [seed], keep_states=False)
+    frames = [Image.fromarray(frame) for frame in env.frames]
+    duration = max(20, 2000 // env.metadata.get("render_fps", 30))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    print(f"wrote {path}: {task}, {len(frames)} frames, return {episode.rewards.sum():.1f}")
+
+
+@dataclass
+class Args:
+    """Score a checkpoint in its environments."""
+    checkpoint: Path | None = None
+    """Written by train.py; holds the model and the cards of its tasks, nothing else is needed."""
+    tasks: tuple[str, ...] = ()
+    """Only these of the checkpoint's tasks, e.g. metaworld/reach-v3 (default: all)."""
+    episodes: int | None = None
+    """Episodes per task (default: 20; Dark-Room 80, Atari 8)."""
+    seed: int = EVALUATION_SEED
+    """Episode k uses seed + k. The default seeds are used for nothing else."""
+    context: Literal["carry", "window", "stagger"] | None = None
+    """How to act in episodes longer than training's windows (default: carry; gpt: stagger). See lram.Agent."""
+    temperature: float = 0.0
+    """0 acts greedily; above, actions are sampled."""
+    target_return: float | None = None
+    """Return to ask for, in raw reward (default: each task's own, the maximum in its data)."""
+    num_envs: int = 20
+    """Environments stepped together."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    output: Path | None = None
+    """Write the scores as JSON here."""
+    video: Path | None = None
+    """Record one episode of the first task as an animated GIF and stop."""
+    list: bool = False
+    """Print the task table and what is missing for each, and stop."""
+
+
+def choose_cards(cards, tasks):
+    """The cards of the named tasks; a task that the checkpoint does not know is refused."""
+    for task in tasks:
+        if task not in cards:
+            near = difflib.get_close_matches(task, cards, n=1, cutoff=0.0)
+            raise SystemExit(f"this checkpoint has no card for {task!r}: it was trained on {', '.join(cards)}. "
+                             f"Nearest: {near[0]}")
+    return {task: cards[task] for task in tasks or cards}
+
+
+def main(args):
+    """See the opening of this file."""
+    if args.list:
+        for task in all_tasks():
+            print(f"{task:<36}{is_available(task) or 'available'}")
+        return
+    if args.checkpoint is None:
+        raise SystemExit("give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list")
+    from lram import Agent, choose_device, count_parameters, load_checkpoint, model_from_checkpoint
+    device, _, reason = choose_device(args.device)
+    payload = load_checkpoint(args.checkpoint, device)
+    model = model_from_checkpoint(payload, device)
+    cards = choose_cards(payload["cards"], args.tasks)
+    print(f"{args.checkpoint}: {model.config.backbone} {model.config.size}, {count_parameters(model):,} parameters, "
+          f"step {payload.get('step', '?')}; device {reason}")
+    options = dict(context=args.context, temperature=args.temperature, target_return=args.target_return)
+    if args.video:
+        task = next(iter(cards))
+        return record_video(Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed)
+    summary = evaluate(model, cards, args.episodes, args.seed, args.num_envs, **options)
+    print(format_table(summary))
+    if args.output:
+        args.output.write_text(json.dumps(summary, indent=1))
+        print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Args, description=__doc__))
