@@ -22,9 +22,11 @@ Not included: packed files, converters from other data sets, training data large
 import difflib
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import sys
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -350,14 +352,14 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for task in plans:
+    for task in sorted(plans, key=lambda task: "heldout" in task):
         _finish_task(task, root / task, measured[task])
     return present
 
 
 def _quiet_worker():
-    """One thread per process: the simulators and experts are serial, their processes are parallel."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """No warnings from the simulators, which would tear the progress bar."""
+    warnings.filterwarnings("ignore")
 
 
 def _plan(task, folder, episodes):
@@ -413,6 +415,11 @@ def _finish_task(task, folder, measured):
     if constants:
         best = max(constants, key=constants.get)
         card["constant"] = {"action": best, "mean_return": float(constants[best])}
+    if not count and not image:         # held out and without data: read as its domain's first training task
+        sibling = folder.parent / domain.tasks[0] / "task.json"
+        if not sibling.exists():
+            raise SystemExit(f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it")
+        card.update({key: json.loads(sibling.read_text())[key] for key in ("state_mean", "state_std")})
     if count:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
         card["state_mean"], card["state_std"] = mean.tolist(), np.where(std < 1e-4, 1.0, std).tolist()
@@ -525,7 +532,8 @@ class Mixture:
     it once and goes on without it. At most `open_files` trajectories are held open.
     """
 
-    def __init__(self, root, tasks, context, standardise=False, on_bad="refuse", open_files=512):
+    def __init__(self, root, tasks, context, standardise=False, on_bad="refuse", top_fraction=1.0,
+                 open_files=512):
         self.context, self.standardise, self.on_bad, self.open_files = context, standardise, on_bad, open_files
         self.cards, self.train, self.validation = {}, {}, {}
         self.cache, self.bad = OrderedDict(), set()
@@ -535,6 +543,10 @@ class Mixture:
             if card["heldout"]:
                 continue
             lengths = sorted(load_lengths(folder).items())
+            if top_fraction < 1:            # the best trajectories by return
+                returns = json.loads((folder / "episode_returns.json").read_text())
+                lengths = sorted(lengths, key=lambda item: -returns[item[0]])
+                lengths = lengths[:math.ceil(top_fraction * len(lengths))]
             if not lengths:
                 raise SystemExit(f"{folder} holds no trajectories; run: python data.py make {task}")
             # the same trajectories are held out whatever else is in the mixture

@@ -1,0 +1,407 @@
+"""Training: windows -> weights. One loop, top to bottom.
+
+    python train.py --backbone mlstm                    # makes a small four-domain data set, trains, scores
+    python train.py --backbone gpt                      # another backbone on the same data
+    python train.py --backbone mlstm --resume           # continue after an interruption, bit for bit on a CPU
+    python train.py --backbone mlstm --size 16m         # a size of the paper, with the paper's settings
+
+Source: LRAM (arXiv 2410.22391), section 4.1 and appendix C. Every update accumulates one micro-batch per domain,
+so that each domain counts the same; behaviour cloning with cross-entropy on discretised actions.
+
+Settings that are not given follow from the size: those of the paper for its sizes, and for `tiny`, a size of our
+own, what reaches a working agent in minutes on a laptop (see SETTINGS; the differences are listed in README).
+
+Not included: several GPUs, mixtures that weigh domains differently.
+"""
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import data
+from eval import EVALUATION_SEED, evaluate, format_table
+from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, choose_device,
+                  count_parameters, load_checkpoint, save_checkpoint)
+
+# name: (for tiny, for the paper's sizes)
+SETTINGS = {
+    "context": (20, 50), "batch_size": (12, 128), "image_batch_size": (4, 128), "steps": (1300, 33_333),
+    "lr": (2e-3, 1e-4), "warmup": (50, 667), "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0),
+    "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
+}
+
+
+@dataclass
+class Args:
+    """Train a recurrent action model on several domains at once and score it in its environments."""
+    backbone: Literal["mlstm", "xlstm", "slstm", "mamba", "gpt"] = "mlstm"
+    """Block family. xlstm mixes mLSTM and sLSTM blocks (see --slstm-at)."""
+    size: Literal["tiny", "16m", "48m", "110m", "206m", "408m",
+                  "16m-half", "48m-half", "110m-half", "206m-half"] = "tiny"
+    """Width and depth; tiny trains on a laptop CPU in minutes, the others are the paper's."""
+    name: str | None = None
+    """Folder below runs/ (default: backbone and size; a number is added rather than overwrite a run)."""
+    resume: bool = False
+    """Continue the run of this name from its last checkpoint."""
+
+    tasks: tuple[str, ...] = data.DEFAULT_TASKS
+    """The mixture, tasks named domain/task; `python eval.py --list` shows them."""
+    data_root: Path = Path("datasets")
+    """Where the trajectories live; what is missing is generated."""
+    episodes_per_task: int | None = None
+    """Trajectories to generate per task (default: each recipe's own)."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do with a malformed file: stop and name it, or name it and go on."""
+    top_fraction: float = 1.0
+    """Train on this part of each task's trajectories, the best by return (0.05 for the paper's fine-tuning)."""
+
+    steps: int | None = None
+    """Optimizer steps, each over one micro-batch of every domain."""
+    context: int | None = None
+    """C: environment steps per window (tokens: 3 C)."""
+    batch_size: int | None = None
+    """Windows per domain and step."""
+    image_batch_size: int | None = None
+    """The same for domains with images, which cost more."""
+    lr: float | None = None
+    """Peak learning rate of AdamW (betas 0.9, 0.999); cosine to 1e-6."""
+    warmup: int | None = None
+    """Steps of linear warm-up."""
+    clip: float | None = None
+    """Largest norm of the gradient."""
+    weight_decay: float = 0.01
+    """On matrices only."""
+    soft_sigma: float | None = None
+    """Width in bins of a Gaussian over neighbouring bins as target of continuous actions; 0: one-hot (the paper)."""
+    standardise: bool | None = None
+    """Vector observations minus their mean and over their deviation, per task (the paper: no)."""
+
+    layers: int | None = None
+    """Blocks (default: by size)."""
+    heads: int | None = None
+    """Heads of mLSTM, sLSTM or attention (default: 4; gpt by size)."""
+    slstm_at: tuple[int, ...] | None = None
+    """Layers of xlstm that are sLSTM blocks, counted from 0 (default: by size, in low layers)."""
+    dropout: float = 0.0
+    """On residual branches (the paper's ablation: 0.1)."""
+    tokens: str = "r,s,rtg"
+    """Tokens of a step, in this order, a part of a,r,s,rtg; a: the action before; s alone: behaviour cloning."""
+    cnn: tuple[int, ...] | None = None
+    """Channels of the three image stages."""
+    init_from: Path | None = None
+    """Start from the weights of this checkpoint (fine-tuning)."""
+
+    seed: int = 0
+    """Of initialisation, sampling and dropout."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products (autocast); auto: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """torch.compile the model: slow to start, faster after; pays on a GPU and for long runs."""
+    validate_every: int | None = None
+    """Steps between validations (default: a sixth of the run)."""
+    evaluate_every: int = 0
+    """Steps between scores in the environments during training; 0: at the end only."""
+    episodes: int | None = None
+    """Episodes per task for a score (default: by domain); 0: no score."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    profile: bool = False
+    """Print where the time goes: data, forward, backward, optimizer."""
+
+
+def resolve(args):
+    """Fill what follows from the size."""
+    column = 0 if args.size == "tiny" else 1
+    chosen = {key: values[column] for key, values in SETTINGS.items() if getattr(args, key) is None}
+    args = dataclasses.replace(args, **chosen)
+    every = args.validate_every or max(1, math.ceil(args.steps / 6))
+    return dataclasses.replace(args, validate_every=every)
+
+
+def run_folder(args):
+    """runs/<name>: a fresh one, or with --resume the newest that has a checkpoint."""
+    base = args.name or (args.backbone if args.size == "tiny" else f"{args.backbone}-{args.size}")
+    number = lambda path: int(path.name[len(base) + 1:] or 1)
+    existing = sorted((p for p in Path("runs").glob(f"{base}*") if p.name == base
+                       or p.name[len(base):][:1] == "-" and p.name[len(base) + 1:].isdigit()), key=number)
+    if args.resume:
+        with_checkpoint = [p for p in existing if (p / "checkpoint.pt").exists()]
+        if not with_checkpoint:
+            raise SystemExit(f"nothing to resume: runs/{base} holds no checkpoint; start without --resume")
+        return with_checkpoint[-1]
+    folder = Path("runs") / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def resumed_args(args, saved):
+    """The settings of the interrupted run; a flag that contradicts them is refused."""
+    free = ("resume", "name", "device", "save_every", "profile", "episodes", "evaluate_every")
+    saved = {k: v for k, v in saved.items() if k in {f.name for f in dataclasses.fields(Args)}}
+    saved["data_root"] = Path(saved["data_root"])
+    for field in dataclasses.fields(Args):
+        given = getattr(args, field.name)
+        if field.name in free:
+            saved[field.name] = given
+        elif given != field.default and str(given) != str(saved.get(field.name)):
+            raise SystemExit(f"--{field.name.replace('_', '-')} {given} contradicts the run that is resumed "
+                             f"({saved.get(field.name)}): leave it out, or start a new run with --name")
+    return Args(**saved)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine to 1e-6."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return 1e-6 + (args.lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def to_tensors(batch, config, device):
+    """A collated batch of data.py -> the arguments of LRAM.forward, the targets, their mask, all on the device."""
+    continuous = batch["action"].ndim == 3
+    target = action_to_bin(batch["action"]) if continuous else batch["action"]
+    last = None
+    if "a" in config.tokens:
+        last = torch.as_tensor(np.where(batch["known"][..., None], action_rows(batch["previous"]), -1), device=device)
+    obs, reward, rtg, target, mask = (torch.as_tensor(x, device=device) for x in (
+        batch["obs"], batch["reward"], batch["rtg"], target, batch["mask"]))
+    inputs = dict(obs=obs, reward=reward, rtg=rtg, last_action=last,
+                  action_dims=batch["action"].shape[2] if continuous else 0)
+    return inputs, target, mask
+
+
+@torch.no_grad()
+def validate(model, mixture, args, device, autocast):
+    """Perplexity, exp(mean cross-entropy with hard targets), of each domain on its held-out trajectories."""
+    model.eval()
+    result = {}
+    for domain in mixture.domains:
+        total, count = 0.0, 0
+        for batch in mixture.validation_batches(domain, batch_size_of(domain, mixture, args)):
+            inputs, target, mask = to_tensors(batch, model.config, device)
+            with autocast():
+                logits, _ = model(**inputs)
+            n = int(mask.sum())
+            total, count = total + action_loss(logits, target, mask).item() * n, count + n
+        if count:
+            result[domain] = math.exp(min(total / count, 30.0))
+    model.train()
+    return result
+
+
+def batch_size_of(domain, mixture, args):
+    """Windows per micro-batch: fewer where observations are images."""
+    image = any(c["domain"] == domain and c["observation"]["kind"] == "image" for c in mixture.cards.values())
+    return args.image_batch_size if image else args.batch_size
+
+
+class Log:
+    """runs/<name>/log.jsonl: one JSON object per line; after a resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, path, step):
+        self.path = path
+        old = path.read_text().splitlines() if path.exists() else []
+        self.rows = []
+        for line in old:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:        # the line that a kill cut short
+                continue
+            if row["step"] < step:
+                self.rows.append(row)
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, **row):
+        """Append one line."""
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def draw_curves(rows, path, title):
+    """Training loss and validation perplexity per domain against the step."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, key, label in ((axes[0], "loss", "training loss (nats)"),
+                             (axes[1], "perplexity", "validation perplexity")):
+        points = [r for r in rows if key in r]
+        for domain in (points[-1][key] if points else {}):
+            y = np.array([r[key].get(domain, np.nan) for r in points])
+            width = max(1, len(y) // 60)        # a running mean, so that the trend shows
+            if key == "loss" and len(y) >= width:
+                y = np.convolve(y, np.ones(width) / width, mode="valid")
+            axis.plot([r["step"] for r in points][-len(y):], y, label=domain, marker="." if len(y) < 20 else None)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(label)
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args):
+    """See the opening of this file."""
+    started = time.perf_counter()
+    folder = run_folder(args)
+    checkpoint = folder / "checkpoint.pt"
+    saved = load_checkpoint(checkpoint) if args.resume else None
+    args = resolve(resumed_args(args, saved["args"]) if saved else args)
+    device, dtype, reason = choose_device(args.device, args.dtype)
+    torch.manual_seed(args.seed)
+
+    # data: what is missing is made now
+    tasks = data.make(args.tasks, args.data_root, args.episodes_per_task)
+    mixture = data.Mixture(args.data_root, tasks, args.context, args.standardise, args.on_bad, args.top_fraction)
+    data_seconds = time.perf_counter() - started
+
+    # model and optimizer
+    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads, slstm_at=args.slstm_at,
+                    context=args.context, tokens=tuple(args.tokens.split(",")), dropout=args.dropout, cnn=args.cnn,
+                    standardise=args.standardise)
+    model = LRAM(config).to(device)
+    if args.init_from and not saved:
+        model.load_state_dict(load_checkpoint(args.init_from)["model"])
+    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr, betas=(0.9, 0.999))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    first_step = 0
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        first_step = saved["step"]
+    forward = torch.compile(model) if args.compile else model
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+    log = Log(folder / "log.jsonl", first_step)
+
+    print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, {config.layers} layers"
+          f"; device {reason}, {torch.get_num_threads()} threads")
+    print(f"{len(mixture.domains)} domains, {sum(map(len, mixture.train.values()))} trajectories for training, "
+          f"{sum(map(len, mixture.validation.values()))} held out; run {folder}"
+          + (f", resumed at step {first_step}" if saved else ""))
+
+    def save(step):
+        save_checkpoint(checkpoint, {
+            "model": model.state_dict(), "model_config": dataclasses.asdict(config), "cards": mixture.cards,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+            "rng": torch.get_rng_state(), "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}})
+
+    def measure(step):
+        perplexity = validate(model, mixture, args, device, autocast)
+        mean = float(np.mean(list(perplexity.values()))) if perplexity else float("nan")
+        log.write(step=step, perplexity=perplexity, mean_perplexity=mean)
+        tqdm.write(f"step {step:>6}  validation perplexity {mean:6.2f}  ("
+                   + ", ".join(f"{d} {p:.2f}" for d, p in perplexity.items()) + ")")
+        if args.evaluate_every and step % args.evaluate_every == 0 and args.episodes != 0:
+            scores = evaluate(model, mixture.cards, args.episodes, quiet=True)
+            log.write(step=step, mean_over_domains=scores.get("mean_over_domains"), domains=scores.get("domains"))
+            tqdm.write(f"step {step:>6}  mean over domains {scores.get('mean_over_domains', float('nan')):.3f}")
+            model.train()
+
+    # training: one straight loop
+    spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+    tokens_seen, train_started, step = 0, time.perf_counter(), first_step
+
+    def lap(key, since):
+        if args.profile and device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[key] += time.perf_counter() - since
+        return time.perf_counter()
+
+    model.train()
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step")
+    try:
+        for step in range(first_step, args.steps):
+            if step % args.validate_every == 0:
+                measure(step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            losses = {}
+            for domain in mixture.domains:
+                clock = time.perf_counter()
+                batch = mixture.sample(domain, batch_size_of(domain, mixture, args), args.seed, step)
+                inputs, target, mask = to_tensors(batch, config, device)
+                tokens_seen += mask.shape[0] * mask.shape[1] * len(config.tokens)
+                clock = lap("data", clock)
+                with autocast():
+                    logits, _ = forward(**inputs)
+                    loss = action_loss(logits, target, mask, args.soft_sigma)
+                clock = lap("forward", clock)
+                scaler.scale(loss / len(mixture.domains)).backward()
+                losses[domain] = loss.detach()
+                lap("backward", clock)
+            clock = time.perf_counter()
+            losses = {domain: loss.item() for domain, loss in losses.items()}
+            if not all(map(math.isfinite, losses.values())):
+                raise SystemExit(f"the loss is not finite at step {step} ({losses}); the last checkpoint is "
+                                 f"untouched. Try a smaller --lr than {args.lr} or --clip than {args.clip}")
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            log.write(step=step, loss=losses, lr=optimizer.param_groups[0]["lr"], gradient_norm=norm.item())
+            lap("optimizer", clock)
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix_str(" ".join(f"{d} {x:.2f}" for d, x in losses.items()))
+            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                save(step + 1)
+    except KeyboardInterrupt:
+        bar.close()
+        raise SystemExit(f"\ninterrupted at step {step}; continue from the last checkpoint with: python train.py "
+                         f"--backbone {args.backbone} --size {args.size} --name {folder.name} --resume") from None
+    bar.close()
+    train_seconds = time.perf_counter() - train_started
+    if first_step < args.steps:
+        measure(args.steps)
+    save(args.steps)
+    draw_curves(log.rows, folder / "curves.png", f"{args.backbone} {args.size}")
+    if train_seconds and tokens_seen:
+        print(f"trained {args.steps - first_step} steps in {train_seconds:.0f} s: "
+              f"{tokens_seen / train_seconds:,.0f} tokens per second")
+    if args.profile:
+        print("where the time went: " + ", ".join(f"{k} {v / sum(spent.values()):.0%}" for k, v in spent.items()))
+    finish(args, model, mixture, folder, started, data_seconds, train_seconds)
+
+
+def finish(args, model, mixture, folder, started, data_seconds, train_seconds):
+    """Score the agent in its environments, write scores.json, say what was written and what to try next."""
+    written = ["checkpoint.pt", "config.json", "log.jsonl", "curves.png"]
+    if args.episodes != 0:
+        scores = evaluate(model, mixture.cards, args.episodes)
+        print("\n" + format_table(scores))
+        scores.update(command="python " + shlex.join(sys.argv), seed=args.seed, evaluation_seed=EVALUATION_SEED,
+                      context=Agent(model, next(iter(mixture.cards.values()))).context,
+                      seconds={"data": data_seconds, "train": train_seconds,
+                               "total": time.perf_counter() - started})
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
+        written.append("scores.json")
+    print(f"\nwrote {folder}/: {', '.join(written)}  ({(time.perf_counter() - started) / 60:.1f} minutes in all, "
+          f"of them data {data_seconds / 60:.1f}, training {train_seconds / 60:.1f})")
+    other = "gpt" if args.backbone != "gpt" else "mlstm"
+    print(f"next: python eval.py --checkpoint {folder}/checkpoint.pt --tasks darkroom/heldout --video dark.gif\n"
+          f"      python train.py --backbone {other}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
