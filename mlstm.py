@@ -45,6 +45,11 @@ def mlstm_initial_state(q, v):
     return zeros(B, H, K, V), zeros(B, H, K), zeros(B, H)
 
 
+def quotient(num, den, m):
+    """h = num / max(|den|, 1), num (..., V), den, m (...): the 1 is exp(-m) in the units of the scaled memory."""
+    return num / (torch.maximum(den.abs(), torch.exp(-m)) + EPS)[..., None]
+
+
 def mlstm_recurrent(q, k, v, i, f, state=None):
     """mLSTM, one token after the other: the definition that every other form is tested against.
 
@@ -67,10 +72,10 @@ def mlstm_recurrent(q, k, v, i, f, state=None):
         C = forget[..., None, None] * C + (write[..., None] * k_t)[..., None] * v_t[..., None, :]
         n = forget[..., None] * n + write[..., None] * k_t                  # (B, H, K)
         m = m_new
-        # h_t = q_t^T C_t / max(|q_t^T n_t|, 1); the 1 is exp(-m) in the units of the scaled memory
+        # h_t = q_t^T C_t / max(|q_t^T n_t|, 1)
         num = torch.einsum("bhk,bhkv->bhv", q_t, C)                         # (B, H, V)
         den = (q_t * n).sum(-1)                                             # (B, H)
-        h.append(num / (torch.maximum(den.abs(), torch.exp(-m)) + EPS)[..., None])
+        h.append(quotient(num, den, m))
     return torch.stack(h, dim=2).to(out_dtype), (C, n, m)
 
 
@@ -94,7 +99,8 @@ def mlstm_parallel(q, k, v, i, f, state=None):
     and for T = 3 (one environment step), where C is read and written once instead of three times.
     xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
     """
-    C, n, m = mlstm_initial_state(q, v) if state is None else state
+    fresh = state is None           # then C = n = 0: nothing to read or to keep from before
+    C, n, m = mlstm_initial_state(q, v) if fresh else state
     dtype, scale = v.dtype, q.shape[-1] ** -0.5
     log_f, i = F.logsigmoid(f.to(C.dtype)), i.to(C.dtype)                   # (B, H, T)
     # log D[t,s] = (decay from s to t) + i_s: the log-weight of token s as token t sees it
@@ -102,21 +108,23 @@ def mlstm_parallel(q, k, v, i, f, state=None):
     b = log_f.cumsum(-1)                                                    # decay of the incoming state
     m_t = torch.maximum(log_D.amax(-1), b + m[..., None]).detach()          # (B, H, T)
     D = torch.exp(log_D - m_t[..., None])
-    from_state = torch.exp(b + m[..., None] - m_t) * scale                  # (B, H, T)
 
     # S = (q k^T / sqrt(K)) * D;   h = (S v + decayed q C) / max(|S 1 + decayed q n|, exp(-m))
     S = (q @ k.transpose(-1, -2)).to(C.dtype) * (D * scale)                 # (B, H, T, T)
-    q_state = q.to(C.dtype) * from_state[..., None]                         # (B, H, T, K)
-    num = (S.to(dtype) @ v).to(C.dtype) + q_state @ C                       # (B, H, T, V)
-    den = S.sum(-1) + (q_state @ n[..., None])[..., 0]                      # (B, H, T)
-    h = num / (torch.maximum(den.abs(), torch.exp(-m_t)) + EPS)[..., None]
+    num, den = (S.to(dtype) @ v).to(C.dtype), S.sum(-1)                     # (B, H, T, V), (B, H, T)
+    if not fresh:
+        decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]     # (B, H, T, K)
+        num = num + decayed_q @ C
+        den = den + (decayed_q @ n[..., None])[..., 0]
+    h = quotient(num, den, m_t)
 
     # the state after the last token: its row of D holds what every token still weighs at the end
-    A, G = D[..., -1, :, None], torch.exp(b[..., -1] + m - m_t[..., -1])    # (B, H, T, 1), (B, H)
-    weighted_k = k.to(C.dtype) * A                                          # (B, H, T, K)
-    C = G[..., None, None] * C + weighted_k.transpose(-1, -2) @ v.to(C.dtype)
-    n = G[..., None] * n + weighted_k.sum(-2)
-    return h.to(dtype), (C, n, m_t[..., -1])
+    weighted_k = k.to(C.dtype) * D[..., -1, :, None]                        # (B, H, T, K)
+    C_new, n_new = weighted_k.transpose(-1, -2) @ v.to(C.dtype), weighted_k.sum(-2)
+    if not fresh:
+        kept = torch.exp(b[..., -1] + m - m_t[..., -1])                     # (B, H)
+        C_new, n_new = kept[..., None, None] * C + C_new, kept[..., None] * n + n_new
+    return h.to(dtype), (C_new, n_new, m_t[..., -1])
 
 
 def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
@@ -191,7 +199,7 @@ class MLSTMBlock(nn.Module):
         """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
         B, T, D = x.shape
         H, E = self.num_heads, self.inner
-        *memory, conv = self.initial_state(B, x.device, x.dtype) if state is None else state
+        memory, conv = (None, x.new_zeros(B, 3, E)) if state is None else (state[:3], state[3])
         heads = lambda y: y.reshape(B, T, H, E // H).transpose(1, 2)        # (B, T, E) -> (B, H, T, K)
 
         # [x_m, z] = W_up LN(x);   x_c = silu(conv4(x_m))
