@@ -210,7 +210,9 @@ def recipe_of(task):
     """The recipe of a task: its own row, else its domain's."""
     recipe = RECIPES.get(task) or RECIPES.get(task.partition("/")[0])
     if recipe is None:
-        raise SystemExit(f"there is no expert for {task}; there are experts for {', '.join(RECIPES)}")
+        near = difflib.get_close_matches(task, RECIPES, n=1, cutoff=0.0)
+        raise SystemExit(f"there is no expert for {task}; nearest: {near[0]}. There are experts for "
+                         f"{', '.join(RECIPES)}")
     return recipe
 
 
@@ -378,7 +380,7 @@ def _plan(task, folder, episodes):
     plan += [(_measure, ("expert", span(EXPERT_SEED))), (_measure, ("random", span(RANDOM_SEED)))]
     env = make_env(task)
     if isinstance(env.action_space, gym.spaces.Discrete):
-        few = max(1, n // 8)
+        few = max(1, n // 8) if env.observation_space.dtype == np.uint8 else n
         plan += [(_measure, (a, list(range(CONSTANT_SEED, CONSTANT_SEED + few)))) for a in range(env.action_space.n)]
     env.close()
     return plan
@@ -497,8 +499,17 @@ def _check_values(bad, states, actions, rewards, image, card):
         raise bad(f"actions have {actions.shape[1]} dimensions, but the card says {card['action']['dims']}")
     if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
         raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
-    if card and tuple(states.shape[1:]) != tuple(card["observation"]["shape"]):
+    shape = (1, *states.shape[2:]) if image and states.shape[1] == 3 else states.shape[1:]      # RGB becomes gray
+    if card and tuple(shape) != tuple(card["observation"]["shape"]):
         raise bad(f"states are {states.shape[1:]} each, but the card says {tuple(card['observation']['shape'])}")
+
+
+def to_gray(images):
+    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (ITU-R BT.601)."""
+    if images.shape[1] == 1:
+        return images
+    luma = np.einsum("tchw,c->thw", images, (0.299, 0.587, 0.114))
+    return np.rint(luma).astype(np.uint8)[:, None]
 
 
 def load_card(folder):
@@ -597,6 +608,7 @@ class Mixture:
         stop = min(start + self.context, len(trajectory.rewards))
         try:
             states = trajectory.states[start:stop]
+            states = to_gray(states) if states.ndim == 4 else states
         except OSError as error:
             raise SystemExit(f"malformed data: {self.root / task / stem}.hdf5: cannot be read at step {start} "
                              f"({error}); delete it, or see: python data.py check {self.root}") from None

@@ -84,10 +84,12 @@ class Config:
         self.dim = dim if self.dim is None else self.dim
         self.layers = (gpt_layers if is_gpt else recurrent) if self.layers is None else self.layers
         self.heads = (gpt_heads if is_gpt else 4) if self.heads is None else self.heads
-        default_at = {"xlstm": slstm_at, "slstm": tuple(range(self.layers))}.get(self.backbone, ())
+        everywhere = range(self.layers)
+        default_at = {"xlstm": [layer for layer in slstm_at if layer in everywhere],
+                      "slstm": everywhere}.get(self.backbone, ())
         self.slstm_at = tuple(default_at if self.slstm_at is None else self.slstm_at)
         self.tokens, self.cnn = tuple(self.tokens), tuple(self.cnn)
-        if any(not 0 <= layer < self.layers for layer in self.slstm_at):
+        if any(layer not in everywhere for layer in self.slstm_at):
             raise ValueError(f"slstm_at {self.slstm_at}: layers are numbered 0 to {self.layers - 1}")
         if list(self.tokens) != [x for x in TOKENS if x in self.tokens] or "s" not in self.tokens:
             raise ValueError(f"tokens {self.tokens}: give a part of {TOKENS} that holds 's', in this order")
@@ -188,7 +190,8 @@ class LRAM(nn.Module):
         obs (B, C, S) float or (B, C, 1, 64, 64) uint8; reward = r_{t-1} and rtg = R_t (B, C), both divided by the
         reward scale; last_action (B, C, A) rows of encode_action, -1 for none. -> (B, C, tokens per step, D)
         """
-        parts = []
+        parts, dtype = [], self.encode_reward.weight.dtype
+        reward, rtg = reward.to(dtype), rtg.to(dtype)
         if "a" in self.config.tokens:
             known = (last_action >= 0)[..., None]                       # (B, C, A, 1)
             parts.append(self.encode_action(last_action.clamp(min=0)) * known)
@@ -197,7 +200,7 @@ class LRAM(nn.Module):
         if obs.dim() == 5:
             s = self.encode_image(obs.flatten(0, 1)).view(*obs.shape[:2], -1)
         else:
-            s = self.encode_state(F.pad(obs, (0, STATE_WIDTH - obs.shape[-1])))
+            s = self.encode_state(F.pad(obs.to(dtype), (0, STATE_WIDTH - obs.shape[-1])))
         parts.append(s[:, :, None])                                     # (B, C, 1, D)
         if "rtg" in self.config.tokens:
             parts.append(self.encode_rtg(rtg[..., None])[:, :, None])
@@ -215,7 +218,8 @@ class LRAM(nn.Module):
         y = y[:, n - 1::n]                                              # at each step's last token: (B, C, D)
         rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
             slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
-        logits = F.linear(y, self.head.weight[rows], self.head.bias[rows]).float()
+        logits = F.linear(y, self.head.weight[rows], self.head.bias[rows])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # softmax in float32 at least
         return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, BINS))), state
 
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
@@ -477,7 +481,7 @@ def _self_check():
                 logits, state = model.act(obs[:, t], reward[:, t], rtg[:, t], 4, state=state)
                 steps.append(logits)
         error = (torch.stack(steps, 1) - whole).abs().max().item()
-        assert error < 1e-6, error      # logits are float32
+        assert error < 1e-10, error
         print(f"{name:<6} 20 calls of act() give the logits of one call on the window ({error:.0e})")
 
 

@@ -302,7 +302,7 @@ def main(args):
         save_checkpoint(checkpoint, {
             "model": model.state_dict(), "model_config": dataclasses.asdict(config), "cards": mixture.cards,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-            "rng": torch.get_rng_state(), "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "rng": torch.get_rng_state(), "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}})
 
     def measure(step):

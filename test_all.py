@@ -1,0 +1,1057 @@
+"""Everything, against oracles.
+
+    python -m pytest -q test_all.py                 # the whole suite, under five minutes on two cores
+    python -m pytest -q test_all.py -k "mlstm"      # one part
+
+The float64 recurrent loops are the truth for all other forms, in value, final state and gradient; the loops
+themselves are checked against sums written out without any stabiliser. Everything downstream (acting against
+training, resume, windows, scores) is compared with an independent computation, never with a stored number.
+Tests of a simulator or of a peer package are skipped where it is not installed.
+"""
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as worlds
+import gpt
+import lram
+import mamba
+import mlstm
+import slstm
+import train
+
+REPOSITORY = Path(__file__).resolve().parent
+LENGTHS = (1, 2, 3, 15, 63, 64, 65, 150)
+BARS = {torch.float64: 1e-10, torch.float32: 1e-5}
+RECURRENT = ("mlstm", "xlstm", "slstm", "mamba")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def relative(a, b):
+    """Largest difference over the largest value of the truth b."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)).item()
+
+
+def value_and_gradients(form, inputs, state, weights, dtype):
+    """Output, final state and the gradients of a random linear loss of both, of one form in one dtype.
+
+    weights: for the output and for each differentiable part of the final state.
+    """
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    state = [x.to(dtype) for x in state]
+    for x in state[:len(weights) - 1]:
+        x.requires_grad_()
+    out, end = form(*inputs, tuple(state))
+    end = end if isinstance(end, tuple) else (end,)
+    loss = (out * weights[0].to(dtype)).sum()
+    loss = loss + sum((x * w.to(dtype)).sum() for x, w in zip(end, weights[1:]))
+    wanted = [*inputs, *state[:len(weights) - 1]]
+    gradients = torch.autograd.grad(loss, wanted)
+    return [out, *end, *gradients]
+
+
+# ------------------------------------------------------------------------------------------------------ mLSTM
+def mlstm_inputs(T, B=2, H=3, K=24, V=20):
+    """Moderate gates: i ~ N(0, 1), f ~ N(4, 1)."""
+    q, k, v = (torch.randn(B, H, T, n, dtype=torch.float64) for n in (K, K, V))
+    i, f = torch.randn(2, B, H, T, dtype=torch.float64)
+    state = (torch.randn(B, H, K, V), torch.randn(B, H, K), torch.randn(B, H))
+    return [q, k, v, i, f + 4], [s.double() for s in state]
+
+
+MLSTM_FORMS = {
+    "recurrent": mlstm.mlstm_recurrent, "parallel": mlstm.mlstm_parallel, "chunkwise": mlstm.mlstm_chunkwise,
+    "chunks of 3": partial(mlstm.mlstm_chunkwise, chunk_size=3),
+    "chunks of 1": partial(mlstm.mlstm_chunkwise, chunk_size=1),
+}
+
+
+def test_mlstm_definition_is_the_sum_it_stands_for():
+    """h_t = sum_s w_ts (q_t k_s) v_s / max(|sum_s w_ts q_t k_s|, 1), w_ts = exp(i_s) prod sigmoid(f): no m at all."""
+    (q, k, v, i, f), _ = mlstm_inputs(12)
+    h, (C, n, m) = mlstm.mlstm_recurrent(q, k, v, i, f)
+    for t in range(12):
+        decay = [torch.sigmoid(f[:, :, s + 1:t + 1]).prod(-1) * torch.exp(i[:, :, s]) for s in range(t + 1)]
+        weight = torch.stack(decay, -1) * torch.einsum("bhk,bhsk->bhs", q[:, :, t], k[:, :, :t + 1]) / 24 ** 0.5
+        den = weight.sum(-1).abs().clamp(min=1.0)
+        truth = torch.einsum("bhs,bhsv->bhv", weight, v[:, :, :t + 1]) / den[..., None]
+        assert relative(h[:, :, t], truth) < 1e-5           # EPS is in ours and not in the sum
+    true_C = sum(w[..., None, None] * k[:, :, s, :, None] * v[:, :, s, None] for s, w in enumerate(decay))
+    assert relative(C * torch.exp(m)[..., None, None], true_C) < 1e-12
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_mlstm_forms_agree(T):
+    """Output, C, n, m and the gradients of q, k, v, i, f, C0 and n0, from a given state."""
+    inputs, state = mlstm_inputs(T)
+    weights = [torch.randn(2, 3, T, 20).double(), torch.randn(2, 3, 24, 20).double(), torch.randn(2, 3, 24).double()]
+    truth = value_and_gradients(mlstm.mlstm_recurrent, inputs, state, weights, torch.float64)
+    for name, form in MLSTM_FORMS.items():
+        for dtype, bar in BARS.items():
+            result = value_and_gradients(form, inputs, state, weights, dtype)
+            errors = [relative(a, b) for a, b in zip(result, truth)]
+            assert max(errors) < bar, (name, dtype, errors)
+
+
+@pytest.mark.parametrize("T", (1, 65, 150))
+def test_mlstm_fresh_state_is_the_zero_state(T):
+    """state=None takes a shortcut in the parallel form; it must equal explicit zeros."""
+    inputs, _ = mlstm_inputs(T)
+    zeros = mlstm.mlstm_initial_state(inputs[0], inputs[2])
+    for form in MLSTM_FORMS.values():
+        (h, end), (h0, end0) = form(*inputs), mlstm.mlstm_recurrent(*inputs, zeros)
+        assert max(relative(a, b) for a, b in zip((h, *end), (h0, *end0))) < 1e-10
+
+
+def test_mlstm_gradient_is_a_finite_difference():
+    """Autograd of the definition against differences of its value, with m constant along the way."""
+    (q, k, v, i, f), state = mlstm_inputs(4, B=1, H=1, K=3, V=2)
+    args = [x.requires_grad_() for x in (q, k, v, f, *state[:2])]
+    # i only moves what m does not hide: m is detached, h does not depend on it but through EPS
+    form = lambda q, k, v, f, C, n: mlstm.mlstm_recurrent(q, k, v, i, f, (C, n, state[2]))[0]
+    assert torch.autograd.gradcheck(form, args, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ("parallel", "chunkwise"))
+def test_mlstm_under_stress(form, monkeypatch):
+    """Gates of +-30 over 4,000 tokens: finite; float64 to 1e-7; float32 numerator and denominator to 1e-4.
+
+    The quotient cancels, so float32 is compared before it, relative to the sum of the absolute terms.
+    """
+    T, K, V = 4000, 5, 3
+    q, k, v = (torch.randn(1, 1, T, n, dtype=torch.float64) for n in (K, K, V))
+    i, f = (torch.rand(2, 1, 1, T, dtype=torch.float64) - 0.5) * 60
+    truth, (C, n, _) = mlstm.mlstm_recurrent(q, k, v, i, f)
+    h, end = MLSTM_FORMS[form](q, k, v, i, f)
+    assert relative(h, truth) < 1e-7 and relative(end[0], C) < 1e-7 and relative(end[1], n) < 1e-7
+
+    monkeypatch.setattr(mlstm, "quotient", lambda num, den, m: torch.cat([num, den[..., None]], -1))
+    exact, _ = mlstm.mlstm_recurrent(q, k, v, i, f)                     # (1, 1, T, V + 1)
+    size, _ = mlstm.mlstm_recurrent(q.abs(), k.abs(), v.abs(), i, f)
+    single, _ = MLSTM_FORMS[form](*(x.float() for x in (q, k, v, i, f)))
+    assert torch.isfinite(single).all()
+    assert ((single.double() - exact).abs() / size.clamp_min(1e-300)).max() < 1e-4
+
+
+def test_mlstm_state_stays_float32_in_bfloat16():
+    """Operands may be bfloat16, the state may not: it accumulates for whole episodes."""
+    inputs, _ = mlstm_inputs(70)
+    truth, _ = mlstm.mlstm_recurrent(*inputs)
+    for name, form in MLSTM_FORMS.items():
+        h, state = form(*(x.bfloat16() for x in inputs))
+        assert h.dtype == torch.bfloat16 and all(s.dtype == torch.float32 for s in state)
+        assert (h.double() - truth).norm() / truth.norm() < 5e-2, name
+
+
+# ------------------------------------------------------------------------------------------------------ sLSTM
+def slstm_inputs(T, B=2, H=3, dh=10):
+    gates = torch.randn(B, T, 4, H, dh, dtype=torch.float64)
+    gates[:, :, 1] += 3
+    R = torch.randn(4, H, dh, dh, dtype=torch.float64) * 0.3
+    y, c = torch.randn(2, B, H, dh, dtype=torch.float64)
+    n, m = torch.rand(B, H, dh, dtype=torch.float64) + 1, torch.randn(B, H, dh, dtype=torch.float64)
+    return [gates, R], [y, c, n, m]
+
+
+def test_slstm_definition_without_stabiliser():
+    """c_t = sigmoid(f) c + exp(i) tanh(z), n_t = sigmoid(f) n + exp(i), y_t = sigmoid(o) c / n, unit by unit."""
+    (gates, R), _ = slstm_inputs(9)
+    out, _ = slstm.slstm_recurrent(gates, R)
+    y = c = n = torch.zeros(2, 3, 10, dtype=torch.float64)
+    for t in range(9):
+        i, f, z, o = (gates[:, t, g] + torch.stack([y[:, h] @ R[g, h].T for h in range(3)], 1) for g in range(4))
+        c = torch.sigmoid(f) * c + torch.exp(i) * torch.tanh(z)
+        n = torch.sigmoid(f) * n + torch.exp(i)
+        y = torch.sigmoid(o) * c / n
+        assert relative(out[:, t], y) < 1e-12
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_slstm_hand_written_gradient(T):
+    """slstm_scan against the definition: output, state and gradients of gates, R, y0, c0, n0."""
+    inputs, state = slstm_inputs(T)
+    weights = [torch.randn(2, T, 3, 10).double(), *torch.randn(3, 2, 3, 10).double()]
+    truth = value_and_gradients(slstm.slstm_recurrent, inputs, state, weights, torch.float64)
+    for dtype, bar in BARS.items():
+        result = value_and_gradients(slstm.slstm_scan, inputs, state, weights, dtype)
+        errors = [relative(a, b) for a, b in zip(result, truth)]
+        # float32 gradients pass T times through R: their error grows with T
+        assert max(errors) < (bar if dtype == torch.float64 else max(bar, 1e-6 * T)), (dtype, errors)
+
+
+def test_slstm_under_stress():
+    """Gates of +-30 over 4,000 tokens: finite, and the two loops agree to 1e-7 in float64."""
+    gates = (torch.rand(1, 4000, 4, 1, 5, dtype=torch.float64) - 0.5) * 60
+    R = torch.randn(4, 1, 5, 5, dtype=torch.float64) * 0.1
+    truth, _ = slstm.slstm_recurrent(gates, R)
+    assert relative(slstm.slstm_scan(gates, R)[0], truth) < 1e-7
+    single, state = slstm.slstm_scan(gates.float(), R.float())
+    assert torch.isfinite(single).all() and (single - truth).abs().max() < 1e-3
+    assert (state[2] >= 0.999).all()        # n >= 1 in its own units: the division is safe
+
+
+# ------------------------------------------------------------------------------------------------------ Mamba
+def mamba_inputs(T, B=2, E=12, N=16):
+    inputs = [torch.randn(B, T, E), F.softplus(torch.randn(B, T, E) - 2), -torch.rand(E, N) * N,
+              torch.randn(B, T, N), torch.randn(B, T, N), torch.randn(E)]
+    return [x.double() for x in inputs], [torch.randn(B, E, N, dtype=torch.float64)]
+
+
+def scan_form(scan):
+    """A scan with its state as a tuple, like the others."""
+    return lambda u, dt, A, B, C, D, state: scan(u, dt, A, B, C, D, state[0])
+
+
+def test_mamba_definition_is_the_sum_it_stands_for():
+    """y_t = D u_t + sum_s sum_n C_tn exp(A_n sum_{s<r<=t} dt_r) dt_s B_sn u_s."""
+    (u, dt, A, B, C, D), _ = mamba_inputs(10)
+    y, _ = mamba.selective_scan_recurrent(u, dt, A, B, C, D)
+    total = dt.cumsum(1)
+    for t in range(10):
+        decay = torch.exp(A * (total[:, t, None] - total[:, :t + 1])[..., None])            # (B, S, E, N)
+        terms = C[:, t, None, None] * decay * (dt * u)[:, :t + 1, :, None] * B[:, :t + 1, None]
+        assert relative(y[:, t], terms.sum((1, 3)) + D * u[:, t]) < 1e-12
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_mamba_scans_agree(T):
+    """Tree and hand-written loop against the definition: output, state and all seven gradients."""
+    inputs, state = mamba_inputs(T)
+    weights = [torch.randn(2, T, 12).double(), torch.randn(2, 12, 16).double()]
+    truth = value_and_gradients(scan_form(mamba.selective_scan_recurrent), inputs, state, weights, torch.float64)
+    for scan in (mamba.selective_scan_parallel, mamba.selective_scan_loop):
+        for dtype, bar in BARS.items():
+            result = value_and_gradients(scan_form(scan), inputs, state, weights, dtype)
+            errors = [relative(a, b) for a, b in zip(result, truth)]
+            assert max(errors) < bar, (scan.__name__, dtype, errors)
+
+
+def test_mamba_under_stress():
+    """Step sizes from 1e-9 to 30 over 4,000 tokens: finite and equal."""
+    (u, _, A, B, C, D), _ = mamba_inputs(4000, B=1, E=3)
+    dt = torch.exp((torch.rand(1, 4000, 3).double() - 0.85) * 24)
+    truth, _ = mamba.selective_scan_recurrent(u, dt, A, B, C, D)
+    assert relative(mamba.selective_scan_parallel(u, dt, A, B, C, D)[0], truth) < 1e-7
+    single, _ = mamba.selective_scan_loop(*(x.float() for x in (u, dt, A, B, C, D)))
+    assert relative(single, truth) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------- attention
+@pytest.mark.parametrize("T", LENGTHS)
+def test_attention_forms_and_splits_agree(T):
+    """All at once, in pieces through the cache, and token by token, against softmax(q k^T / sqrt(dh)) v."""
+    q, k, v = torch.randn(3, 2, 3, T, 20, dtype=torch.float64)
+    score = (q @ k.transpose(-1, -2)) / 20 ** 0.5
+    truth = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1) @ v
+    for dtype, bar in BARS.items():
+        qd, kd, vd = (x.to(dtype) for x in (q, k, v))
+        assert relative(gpt.attention_recurrent(qd, kd, vd)[0], truth) < bar
+        assert relative(gpt.attention_parallel(qd, kd, vd)[0], truth) < bar
+        cut, state, parts = T // 3, None, []
+        for part in (slice(0, cut), slice(cut, cut + 1), slice(cut + 1, T)):
+            if qd[:, :, part].shape[2]:
+                y, state = gpt.attention_parallel(qd[:, :, part], kd[:, :, part], vd[:, :, part], state, T + 5)
+                parts.append(y)
+        assert relative(torch.cat(parts, 2), truth) < bar
+        assert (state[2] == T).all()
+
+
+def test_gpt_refuses_more_tokens_than_positions():
+    """The one bounded backbone says so, with what to do."""
+    model = small_model("gpt", context=4)
+    _, state = model.backbone(torch.randn(2, 12, 32))
+    with pytest.raises(ValueError, match="exceed its 12 positions"):
+        model.backbone(torch.randn(2, 1, 32), state)
+
+
+# ------------------------------------------------------------------------------------------ blocks and backbone
+def small_model(backbone, context=20, dtype=torch.float32, **options):
+    """A model small enough for tests, with weights away from their special initial values."""
+    options = {"dim": 32, "layers": 2, "heads": 4, "cnn": (2, 2, 2), "slstm_at": (0,) if backbone == "xlstm"
+               else None, **options}
+    model = lram.LRAM(lram.Config(backbone, "tiny", context=context, **options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.endswith(("A_log", "dt.bias")):
+                p.add_(0.1 * torch.randn_like(p))
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_splits_never_change_the_result(backbone):
+    """One call of 60 tokens against calls of 1, 3, 15, 2 and 39, in output and in final state."""
+    model = small_model(backbone, dtype=torch.float64).backbone
+    x = torch.randn(3, 60, 32, dtype=torch.float64)
+    whole, end = model(x)
+    state, parts = None, []
+    for part in x.split([1, 3, 15, 2, 39], dim=1):
+        y, state = model(part, state)
+        parts.append(y)
+    assert relative(torch.cat(parts, 1), whole) < 1e-10
+    for a, b in zip(flatten(state), flatten(end)):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-8, atol=1e-10)
+
+
+def flatten(state):
+    """Nested tuples of tensors -> a flat list."""
+    return [x for part in state for x in flatten(part)] if isinstance(state, tuple) else [state]
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_reset_restarts_single_rows(backbone):
+    """After a partial reset the row goes on like a fresh sequence and its neighbours as if nothing had happened."""
+    model = small_model(backbone, dtype=torch.float64).backbone
+    x, more = torch.randn(3, 20, 32, dtype=torch.float64), torch.randn(3, 9, 32, dtype=torch.float64)
+    _, state = model(x)
+    undisturbed, _ = model(more, state)
+    fresh, _ = model(more)
+    y, _ = model(more, model.reset(state, torch.tensor([False, True, False])))
+    assert relative(y[1], fresh[1]) < 1e-12
+    assert torch.equal(y[[0, 2]], undisturbed[[0, 2]])
+
+
+@pytest.mark.parametrize("backbone", RECURRENT)
+def test_gates_of_a_reset_row_may_be_extreme(backbone):
+    """The public sLSTM returns NaN when some rows were reset and the input gate is very negative; ours must not."""
+    model = small_model(backbone).backbone
+    _, state = model(torch.randn(2, 5, 32))
+    with torch.no_grad():
+        for block in model.blocks:
+            if isinstance(block, slstm.SLSTMBlock):
+                block.bias[0] -= 800
+            if isinstance(block, mlstm.MLSTMBlock):
+                block.gates.bias[:4] -= 800
+    y, _ = model(torch.randn(2, 3, 32), model.reset(state, torch.tensor([True, False])))
+    assert torch.isfinite(y).all()
+
+
+COUNTS = {  # SPEC: the public packages' backbones, final norm included
+    ("mlstm", "16m"): 12_939_840, ("mlstm", "48m"): 43_269_984, ("mlstm", "110m"): 102_089_856,
+    ("mlstm", "206m"): 198_836_640, ("mlstm", "408m"): 400_105_184, ("mlstm", "16m-half"): 12_140_512,
+    ("mlstm", "48m-half"): 42_243_656, ("mlstm", "110m-half"): 99_983_512, ("mlstm", "206m-half"): 194_236_752,
+    ("xlstm", "16m"): 12_934_200, ("xlstm", "48m"): 43_154_768, ("xlstm", "206m"): 198_057_096,
+    ("slstm", "16m"): 12_894_720, ("mamba", "16m"): 13_562_368, ("mamba", "48m"): 45_260_544,
+    ("mamba", "110m"): 106_677_248, ("mamba", "206m"): 207_642_880,
+}
+
+
+@pytest.mark.parametrize("backbone,size", COUNTS)
+def test_parameter_counts_match_the_public_code(backbone, size):
+    """To the last parameter."""
+    with torch.device("meta"):
+        assert lram.count_parameters(lram.Backbone(lram.Config(backbone, size))) == COUNTS[backbone, size]
+
+
+def test_initialisation():
+    """MATH: small init, Wang init, forget biases, log-uniform step sizes."""
+    block = mlstm.MLSTMBlock(512, 4, num_blocks=8)
+    assert abs(block.up.weight.std() / (2 / (5 * 512)) ** 0.5 - 1) < 0.02
+    assert abs(block.qkv.std() / (2 / (5 * 512)) ** 0.5 - 1) < 0.05
+    assert abs(block.down.weight.std() / (2 / 8 / 512 ** 0.5) - 1) < 0.02
+    assert torch.equal(block.gates.weight, torch.zeros_like(block.gates.weight))
+    assert torch.allclose(block.gates.bias[4:], torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    block = slstm.SLSTMBlock(64, 4, num_blocks=5, block_index=2)
+    expected = [5 - 12 * (j / 15) ** (0.3 + 1.3 * 0.5) for j in range(16)]
+    assert torch.allclose(block.bias[1, 2], torch.tensor(expected), atol=1e-5)
+    block = mamba.MambaBlock(256)
+    assert torch.allclose(-torch.exp(block.A_log[3]), -torch.arange(1.0, 17.0))
+    dt = F.softplus(block.dt.bias)
+    assert dt.min() > 0.99e-3 and dt.max() < 1.01e-1 and abs(dt.log().mean() - np.log(1e-2)) < 0.15
+
+
+@pytest.mark.parametrize("file", ("mlstm", "slstm", "mamba", "gpt", "lram"))
+def test_concept_files_check_themselves(file):
+    """`python mlstm.py` proves something and says so; the concept files import nothing but torch."""
+    done = subprocess.run([sys.executable, REPOSITORY / f"{file}.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "equal" in done.stdout or "act()" in done.stdout
+    if file != "lram":
+        tree = ast.walk(ast.parse((REPOSITORY / f"{file}.py").read_text()))
+        imported = {name for node in tree for name in
+                    ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) else [])}
+        assert {name.split(".")[0] for name in imported} <= {"torch", *sys.stdlib_module_names}
+
+
+# ------------------------------------------------------------------------------------------------ model and loss
+def test_actions_and_bins():
+    """256 uniform bins on [-1, 1], decoded at their centres; tensors and arrays alike."""
+    a = np.array([-1.0, -0.9999, 0.0, 0.9999, 1.0, 1.0 - 1 / 256])
+    assert lram.action_to_bin(a).tolist() == [0, 0, 128, 255, 255, 255]
+    assert lram.action_to_bin(torch.tensor(a)).tolist() == [0, 0, 128, 255, 255, 255]
+    everything = np.arange(256)
+    assert (lram.action_to_bin(lram.bin_to_action(everything)) == everything).all()
+    x = np.random.uniform(-1, 1, 1000)
+    assert np.abs(lram.bin_to_action(lram.action_to_bin(x)) - x).max() <= 1 / 256 + 1e-12
+    assert lram.bin_to_action(255) == 1 - 1 / 256
+    assert lram.action_rows(np.array([[3]]))[0, 0].tolist() == [3]
+    assert lram.action_rows(np.array([[-1.0, 1.0]])).tolist() == [[18, 18 + 256 + 255]]
+
+
+def test_loss_against_torch():
+    """Masked cross-entropy against F.cross_entropy pair by pair; soft targets against their explicit sum."""
+    logits, target = torch.randn(3, 5, 2, 256).double(), torch.randint(256, (3, 5, 2))
+    mask = torch.rand(3, 5, 2) > 0.4
+    pairs = [F.cross_entropy(logits[b, c, a][None], target[b, c, a][None]) for b, c, a in torch.nonzero(mask)]
+    assert abs(lram.action_loss(logits, target, mask) - sum(pairs) / len(pairs)) < 1e-12
+    soft, bins = 0.0, torch.arange(256).double()
+    for b, c, a in torch.nonzero(mask):
+        p = torch.exp(-0.5 * ((bins - target[b, c, a]) / 3.0) ** 2)
+        soft = soft - (p / p.sum() * logits[b, c, a].log_softmax(-1)).sum() / len(pairs)
+    assert abs(lram.action_loss(logits, target, mask, soft_sigma=3.0) - soft) < 1e-9
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_right_padding_changes_nothing(backbone):
+    """A short window in a longer batch: same logits on its steps, same loss, no gradient from the padding."""
+    model = small_model(backbone, dtype=torch.float64)
+    obs, reward, rtg = torch.randn(2, 20, 7).double(), torch.randn(2, 20).double(), torch.randn(2, 20).double()
+    padded = [x.clone() for x in (obs, reward, rtg)]
+    for x in padded:
+        x[1, 13:] = 1e6
+    short, _ = model(obs[1:, :13], reward[1:, :13], rtg[1:, :13], 3)
+    logits, _ = model(*padded, 3)
+    assert relative(logits[1, :13], short[0]) < 1e-10
+    mask = torch.ones(2, 20, 3, dtype=torch.bool)
+    mask[1, 13:] = False
+    target = torch.randint(256, (2, 20, 3))
+    changed = target.clone()
+    changed[1, 13:] = 7
+    assert lram.action_loss(logits, target, mask) == lram.action_loss(logits, changed, mask)
+
+
+def test_tokens_are_the_papers_stream():
+    """[a_{t-1}, r_{t-1}, s_t, R_t] in this order, each from its own encoder, then one LayerNorm."""
+    model = small_model("mlstm", tokens=("a", "r", "s", "rtg"))
+    obs, reward, rtg = torch.randn(2, 4, 7), torch.randn(2, 4), torch.randn(2, 4)
+    last = torch.randint(18, 100, (2, 4, 3))
+    last[:, 0] = -1
+    tokens = model.tokens(obs, reward, rtg, last)
+    assert tokens.shape == (2, 4, 3 + 3, 32)
+    wide = torch.cat([obs, torch.zeros(2, 4, 197)], -1)
+    expected = [model.encode_reward(reward[..., None]), model.encode_state(wide), model.encode_rtg(rtg[..., None])]
+    for j, x in enumerate(expected):
+        assert torch.allclose(tokens[:, :, 3 + j], model.token_norm(x))
+    assert torch.allclose(tokens[:, 2, 1], model.token_norm(model.encode_action.weight[last[:, 2, 1]]))
+    assert torch.allclose(tokens[:, 0, 0], model.token_norm(torch.zeros(2, 32)))
+
+
+def test_image_encoder_is_impala():
+    """Shapes of the three stages, uint8 scaled by 255, and the flattened width of the paper."""
+    cnn = lram.ImpalaCNN(64)
+    assert cnn.out.in_features == 2048
+    image = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
+    assert cnn(image).shape == (3, 64)
+    x = image.float() / 255
+    for first, a, b, c, d in cnn.stages:
+        x = F.max_pool2d(first(x), 3, 2, 1)
+        x = x + b(a(x.relu()).relu())
+        x = x + d(c(x.relu()).relu())
+    assert torch.allclose(cnn(image), cnn.out(x.relu().flatten(1)).relu(), atol=1e-6)
+
+
+def test_weight_decay_is_on_matrices_only():
+    """Every parameter in one group, and none of the exempt ones in the decayed group."""
+    for backbone in lram.BACKBONES:
+        model = small_model(backbone)
+        decay, rest = (g["params"] for g in model.parameter_groups(0.01))
+        assert len(decay) + len(rest) == len(list(model.parameters()))
+        named = {id(p): n for n, p in model.named_parameters()}
+        for p in decay:
+            assert p.dim() >= 2 and not named[id(p)].endswith(("A_log", "bias", ".R")) and "norm" not in named[id(p)]
+
+
+def test_config_refuses_what_cannot_be():
+    """With the valid choices in the message."""
+    for options, words in (({"backbone": "lstm"}, "choose from"), ({"size": "7b"}, "choose from"),
+                           ({"slstm_at": (9,)}, "numbered 0 to 3"), ({"tokens": ("rtg", "s")}, "in this order"),
+                           ({"backbone": "gpt", "size": "206m-half"}, "206m"), ({"heads": 5}, None)):
+        with pytest.raises(ValueError, match=words):
+            lram.Backbone(lram.Config(**options))
+
+
+# -------------------------------------------------------------------------------------------------------- acting
+def dark_card(**changes):
+    """A card as data.make would write it."""
+    return {"task": "darkroom/train", "domain": "darkroom", "heldout": False,
+            "observation": {"kind": "vector", "shape": [2]}, "action": {"kind": "discrete", "n": 5},
+            "reward_scale": 1.0, "clip_rewards": False, "constant_rtg": False, "target_return": 30.0,
+            "reference_score": 50.0, "random_score": 1.0, "state_mean": [4.0, 4.5], "state_std": [2.0, 3.0],
+            **changes}
+
+
+def play(model, card, seeds, **options):
+    """Episodes of Dark-Room by an agent, and the logits of every step."""
+    agent, logits = lram.Agent(model, card, **options), []
+
+    def policy(envs):
+        agent.begin(envs.num_envs)
+
+        def act(obs, reward, done):
+            action = agent.act(obs, reward, done)
+            logits.append(agent.logits)
+            return action
+        return act
+    make = lambda: worlds.DarkRoom("train")
+    return list(worlds.rollout(make, policy, seeds, num_envs=2)), torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("tokens", (("r", "s", "rtg"), ("a", "r", "s", "rtg"), ("s",)))
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_acting_is_training(backbone, tokens, tmp_path):
+    """The logits while acting equal those of training on the recorded episode, read back from its file.
+
+    Recurrent backbones over the whole episode, gpt over its first C steps (stagger); window and stagger over
+    the first C steps for all. Sampled actions, rewards, falling return-to-go, standardised observations.
+    """
+    context = 20
+    model = small_model(backbone, context, torch.float64, tokens=tokens, standardise=True)
+    card = dark_card(target_return=11.0)
+    modes = ("carry", "window", "stagger") if backbone != "gpt" else ("window", "stagger")
+    for mode in modes:
+        (first, second), acted = play(model, card, [0, 3], context=mode, temperature=1.0)
+        steps = 100 if mode == "carry" else context
+        for row, episode in enumerate((first, second)):
+            folder = tmp_path / mode / "darkroom" / "train"
+            folder.mkdir(parents=True, exist_ok=True)
+            data.write_trajectory(folder / f"{row}.hdf5", episode.states, episode.actions, episode.rewards, False)
+            # asked for the return that it got, an agent sees the recorded returns-to-go
+            got = dark_card(target_return=11.0)
+            (folder / "task.json").write_text(json.dumps(got))
+            mixture = data.Mixture(tmp_path / mode, ["darkroom/train"], 100, standardise=True)
+            window = mixture.window("darkroom/train", str(row), 0)
+            window["rtg"] = (11.0 - (episode.rewards.sum() - window["rtg"])).astype(np.float32)
+            inputs, _, _ = train.to_tensors(data.collate([window], 100), model.config, "cpu")
+            for key in ("obs", "reward", "rtg", "last_action"):
+                inputs[key] = inputs[key] if inputs[key] is None else inputs[key][:, :steps]
+            with torch.no_grad():
+                trained, _ = model(**inputs)
+            assert relative(acted[row, :steps], trained[0]) < 1e-9, (mode, row)
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_window_and_stagger_see_what_they_say(backbone):
+    """Beyond C steps: window equals the model on the last C steps, stagger on the last age + 1 steps."""
+    C, T = 6, 20
+    model = small_model(backbone, C, torch.float64)
+    card = dark_card()
+    obs = np.random.RandomState(0).uniform(0, 9, (T, 1, 2)).astype(np.float32)
+    rewards = np.random.RandomState(1).randint(0, 8, T) / 8     # exact in float32, however they are summed
+    for mode in ("window", "stagger"):
+        agent = lram.Agent(model, card, context=mode)
+        agent.begin(1)
+        for t in range(T):
+            agent.act(obs[t], rewards[t:t + 1], np.array([t == 0]))
+            if mode == "window":
+                start = max(0, t - C + 1)
+            else:           # restarts at 0, C, 2C, ... and at C/2, 3C/2, ...: the older one acts
+                starts = [s for s in range(0, t + 1, C)][-1:] + [s for s in range(C // 2, t + 1, C)][-1:]
+                start = min(starts)
+            seen = np.concatenate([[0.0], rewards[1:t + 1]]).astype(np.float32)
+            rtg = (30.0 - np.cumsum(seen)).astype(np.float32)
+            piece = slice(start, t + 1)
+            with torch.no_grad():
+                logits, _ = model(torch.tensor(obs[piece, 0])[None], torch.tensor(seen[piece])[None],
+                                  torch.tensor(rtg[piece])[None], 0)
+            assert relative(agent.logits, logits[:, -1]) < 1e-9, (mode, t)
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_rows_of_an_agent_do_not_meet(backbone):
+    """Two environments of which one ends early, against each played alone."""
+    model, card = small_model(backbone, 6), dark_card()
+    rng = np.random.RandomState(0)
+    obs, reward = rng.uniform(0, 9, (15, 2, 2)).astype(np.float32), rng.uniform(0, 1, (15, 2))
+    ends = np.zeros((15, 2), bool)
+    ends[0], ends[7, 0], ends[11, 1] = True, True, True
+    for mode in ("carry", "window", "stagger") if backbone != "gpt" else ("window", "stagger"):
+        both = lram.Agent(model, card, context=mode)
+        both.begin(2)
+        alone = [lram.Agent(model, card, context=mode) for _ in range(2)]
+        for t in range(15):
+            together = both.act(obs[t], reward[t], ends[t])
+            for row in range(2):
+                if ends[t, row]:
+                    alone[row].begin(1)
+                action = alone[row].act(obs[t, row:row + 1], reward[t, row:row + 1], ends[t, row:row + 1])
+                assert relative(both.logits[row:row + 1], alone[row].logits) < 1e-4
+                assert action[0] == together[row]
+
+
+def test_decoding():
+    """Greedy takes the likeliest of the task's own actions; a temperature samples by the softmax."""
+    model = small_model("mlstm")
+    agent = lram.Agent(model, dark_card())
+    logits = torch.zeros(1, 18)
+    logits[0, 12], logits[0, 3] = 9.0, 1.0
+    assert agent._decode(logits).tolist() == [3]            # 12 is no action of this task
+    agent = lram.Agent(model, dark_card(action={"kind": "continuous", "dims": 2}), temperature=1.0)
+    logits = torch.full((4000, 2, 256), -torch.inf)
+    logits[..., 10], logits[..., 200] = np.log(0.25), np.log(0.75)
+    share = (agent._decode(logits) > 0).mean()
+    assert abs(share - 0.75) < 0.03
+
+
+# -------------------------------------------------------------------------------------------------------- worlds
+def test_darkroom_expert_is_exact():
+    """The goal that is number k along the sweep gives 100 - k, on each of the 100 goals."""
+    for split, count in (("train", 80), ("heldout", 20)):
+        make = lambda: worlds.DarkRoom(split)
+        episodes = worlds.rollout(make, partial(data.expert_policy, expert=data.DarkRoomExpert), range(count), 7)
+        env = make()
+        goals = {tuple(g) for g in env.goals.tolist()}
+        assert len(goals) == count
+        for e in episodes:
+            env.reset(seed=e.seed)
+            row, col = env.goal
+            index = row * 10 + (col if row % 2 == 0 else 9 - col)
+            assert e.rewards.sum() == 100 - index
+
+
+def test_rollout_gives_every_seed_its_own_episode():
+    """In lockstep with rows that end at different times, against each seed played alone."""
+    class Countdown(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-9, 9, (1,), np.float32), gym.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.seed, self.t = seed, 0
+            return np.array([seed], np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.array([self.seed], np.float32), float(self.seed), self.t >= self.seed, False, {}
+    seeds, begun = [3, 1, 4, 2, 5, 1, 2], []
+
+    def policy(envs):
+        def act(obs, reward, done):
+            begun.append(int(done.sum()))
+            return np.zeros(len(obs), int)
+        return act
+    episodes = list(worlds.rollout(Countdown, policy, seeds, num_envs=3))
+    assert sorted(e.seed for e in episodes) == sorted(seeds)
+    for e in episodes:
+        assert len(e.rewards) == e.seed and (e.states == e.seed).all() and e.rewards.sum() == e.seed ** 2
+        assert e.terminated
+
+
+WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balance", "atari/freeway",
+               "atari/breakout")
+
+
+@pytest.mark.parametrize("task", WORLD_TASKS)
+def test_world_contract(task):
+    """Observation and action as promised; the seed alone determines an episode, on a used instance too."""
+    if worlds.is_available(task):
+        pytest.skip(worlds.is_available(task))
+    env, other = worlds.make_env(task), worlds.make_env(task)
+
+    def trajectory(env, seed, steps=60):
+        obs, _ = env.reset(seed=seed)
+        rng, out = np.random.default_rng(seed), [obs]
+        for _ in range(steps):
+            space = env.action_space
+            a = rng.integers(space.n) if isinstance(space, gym.spaces.Discrete) else \
+                rng.uniform(-1, 1, space.shape).astype(np.float32)
+            obs, reward, terminated, truncated, _ = env.step(a)
+            assert np.isfinite(reward) and not terminated
+            out.append(obs)
+        return np.stack(out)
+    a, b = trajectory(env, 5), trajectory(env, 6)
+    assert a.dtype == env.observation_space.dtype and a.shape[1:] == env.observation_space.shape
+    assert a.dtype == np.uint8 and a.shape[1:] == (1, 64, 64) or a.dtype == np.float32 and a.shape[1] <= 204
+    assert np.array_equal(trajectory(env, 5), a) and np.array_equal(trajectory(other, 5), a)
+    assert not np.array_equal(a, b)
+    space = env.action_space
+    assert isinstance(space, gym.spaces.Discrete) and space.n <= 18 or \
+        (space.low == -1).all() and (space.high == 1).all() and space.shape[0] <= 8
+    env.close()
+    other.close()
+
+
+@pytest.mark.parametrize("task,least", (("metaworld/reach-v3", 1500), ("metaworld/door-open-v3", 1000),
+                                        ("metaworld/drawer-close-v3", 1000), ("metaworld/window-open-v3", 400),
+                                        ("metaworld/button-press-topdown-v3", 1000),
+                                        ("dmcontrol/cartpole-balance", 990), ("dmcontrol/cartpole-swingup", 700),
+                                        ("dmcontrol/point_mass-easy", 600), ("dmcontrol/reacher-easy", 500),
+                                        ("atari/freeway", 27)))
+def test_experts_do_the_task(task, least):
+    """Far above the random policy, on seeds that the data do not use."""
+    if worlds.is_available(task):
+        pytest.skip(worlds.is_available(task))
+    expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
+    returns = [e.rewards.sum() for e in worlds.rollout(partial(worlds.make_env, task), expert, [900, 901], 2)]
+    assert np.mean(returns) > least, returns
+
+
+def test_noise_is_executed_and_not_recorded():
+    """The wrapper executes clip(a + sigma N) and follows from the seed; sigma is 0 in a quarter of the episodes."""
+    class Echo(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2), {}
+
+        def step(self, action):
+            self.got = action
+            return np.zeros(2), 0.0, False, False, {}
+    echo = Echo()
+    env, sigmas, runs = data.NoisyActions(echo, 0.3), [], []
+    for seed in [*range(400), 7]:
+        env.reset(seed=seed)
+        sigmas.append(env.sigma)
+        env.step(np.array([0.5, 0.9]))
+        runs.append(echo.got)
+        assert (np.abs(echo.got) <= 1).all() and (env.sigma > 0) == (not np.allclose(echo.got, [0.5, 0.9]))
+    assert np.array_equal(runs[7], runs[-1])
+    assert 0.18 < np.mean(np.array(sigmas) == 0) < 0.32 and 0.25 < max(sigmas) <= 0.3
+
+
+# -------------------------------------------------------------------------------------------------------- scores
+def test_scores():
+    """Normalised, averaged over tasks and then domains, with an interval that holds the mean."""
+    def result(returns, **card):
+        return {"returns": returns, "card": dark_card(reference_score=10.0, random_score=2.0, **card)}
+    results = {"a/x": result([10.0, 10.0]), "a/y": result([2.0, 6.0]), "b/z": result([2.0, 2.0, 2.0, 10.0]),
+               "b/held": result([100.0], heldout=True)}
+    summary = worlds.summarise(results)
+    assert summary["tasks"]["a/y"]["score"] == 0.25
+    assert summary["domains"] == {"a": 0.625, "b": 0.25}
+    assert summary["mean_over_domains"] == 0.4375           # held out: not in the means
+    low, high = summary["interval"]
+    assert low < 0.4375 < high
+    scipy_stats = pytest.importorskip("scipy.stats")
+    scores = np.random.RandomState(0).normal(size=203)
+    assert np.isclose(worlds.interquartile_mean([scores[:50], scores[50:]]), scipy_stats.trim_mean(scores, 0.25))
+    low, high = worlds.bootstrap_interval([scores], lambda g: g[0].mean())
+    exact = scipy_stats.norm.interval(0.95, scores.mean(), scores.std() / len(scores) ** 0.5)
+    assert np.allclose([low, high], exact, atol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------- trajectories
+def write_task(root, lengths, task="darkroom/train", seed=0, **card):
+    """A synthetic task on disk: states count the steps, so that a window says where it was cut."""
+    folder = Path(root) / task
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for k, T in enumerate(lengths):
+        states = np.stack([np.full(T, k), np.arange(T)], 1).astype(np.float32)
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, rng.integers(0, 5, T), rng.random(T), False)
+    (folder / "task.json").write_text(json.dumps(dark_card(task=task, **card)))
+    (folder / "episode_lengths.json").write_text(json.dumps({f"{k:06d}": T for k, T in enumerate(lengths)}))
+    return folder
+
+
+def test_windows_hold_what_the_file_holds(tmp_path):
+    """Rewards one step late, returns-to-go as suffix sums, both scaled; the action before; padding on the right."""
+    folder = write_task(tmp_path, [30, 4], reward_scale=5.0)
+    mixture = data.Mixture(tmp_path, ["darkroom/train"], 8)
+    with h5py.File(folder / "000000.hdf5") as f:
+        rewards, actions = f["rewards"][:], f["actions"][:]
+    w = mixture.window("darkroom/train", "000000", 11)
+    assert w["obs"][:, 1].tolist() == list(range(11, 19))
+    assert np.allclose(w["reward"], rewards[10:18] / 5) and np.allclose(w["rtg"][0], rewards[11:].sum() / 5)
+    assert w["action"].tolist() == actions[11:19].tolist() and w["previous"].tolist() == actions[10:18].tolist()
+    first, short = mixture.window("darkroom/train", "000000", 0), mixture.window("darkroom/train", "000001", 0)
+    assert first["reward"][0] == 0 and not first["known"][0] and first["known"][1:].all()
+    batch = data.collate([first, short], 8)
+    assert batch["mask"].sum(1).tolist() == [8, 4] and (batch["obs"][1, 4:] == 0).all()
+    # a return-to-go that is held constant
+    write_task(tmp_path / "c", [30, 30], constant_rtg=True, target_return=80.0)
+    constant = data.Mixture(tmp_path / "c", ["darkroom/train"], 8)
+    assert (constant.window("darkroom/train", "000000", 3)["rtg"] == 80.0).all()
+
+
+def test_trajectories_are_drawn_in_proportion_to_length(tmp_path):
+    """And every start equally often; validation trajectories never."""
+    write_task(tmp_path, [100, 50, 50, 20, 10])
+    mixture = data.Mixture(tmp_path, ["darkroom/train"], 10)
+    held = {stem for _, stem, _ in mixture.validation["darkroom"]}
+    rows = mixture.train["darkroom"]
+    drawn, starts = {}, []
+    for step in range(150):
+        for obs in mixture.sample("darkroom", 20, seed=1, step=step)["obs"]:
+            drawn[f"{int(obs[0, 0]):06d}"] = drawn.get(f"{int(obs[0, 0]):06d}", 0) + 1
+            starts += [obs[0, 1]] if obs[0, 0] == 0 else []
+    total = sum(n for _, _, n in rows)
+    assert held and not held & set(drawn)
+    for _, stem, n in rows:
+        assert abs(drawn[stem] / 3000 - n / total) < 0.05
+    if starts:
+        assert min(starts) == 0 and max(starts) == 90
+    again = mixture.sample("darkroom", 20, seed=1, step=7)
+    assert all(np.array_equal(a, b) for a, b in zip(again.values(), data.Mixture(
+        tmp_path, ["darkroom/train"], 10).sample("darkroom", 20, seed=1, step=7).values()))
+
+
+def damage(path, how):
+    """One kind of fault in a good file."""
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:900])
+        return
+    if how == "empty":
+        path.write_bytes(b"")
+        return
+    with h5py.File(path, "r+") as f:
+        if how == "missing key":
+            del f["rewards"]
+        elif how == "NaN":
+            f["states"][3, 0] = np.nan
+        elif how == "lengths":
+            del f["rewards"]
+            f["rewards"] = np.zeros(3, np.float32)
+        elif how == "dtype":
+            states = f["states"][:].astype(np.int64)
+            del f["states"]
+            f["states"] = states
+        elif how == "action range":
+            f["actions"][2] = 5
+        elif how == "state shape":
+            del f["states"]
+            f["states"] = np.zeros((30, 3), np.float32)
+
+
+@pytest.mark.parametrize("how,words", (
+    ("truncated", "truncated"), ("empty", "not a readable"), ("missing key", "has no rewards"), ("NaN", "NaN"),
+    ("lengths", "lengths differ"), ("dtype", "expected float"), ("action range", "expected 0 to 4"),
+    ("state shape", "card says")))
+def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
+    """With path and reason, by training and by `data.py check`; skipped on request."""
+    folder = write_task(tmp_path, [30, 30, 30])
+    bad = [stem for _, stem, _ in data.Mixture(tmp_path, ["darkroom/train"], 8).train["darkroom"]][0]
+    damage(folder / f"{bad}.hdf5", how)
+    with pytest.raises(SystemExit, match=words) as error:
+        mixture = data.Mixture(tmp_path, ["darkroom/train"], 8)
+        for step in range(20):
+            mixture.sample("darkroom", 4, 0, step)
+    assert f"{bad}.hdf5" in str(error.value) and "data.py check" in str(error.value)
+    assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
+    mixture = data.Mixture(tmp_path, ["darkroom/train"], 8, on_bad="skip")
+    for step in range(5):
+        assert (mixture.sample("darkroom", 4, 0, step)["obs"][:, 0, 0] != int(bad)).all()
+    assert capsys.readouterr().err.count("skipped") == 1
+
+
+def test_public_files_are_read(tmp_path):
+    """Variations of the public data sets: a scalar `dones`, returns-to-go present, RGB images made gray by luma."""
+    path = tmp_path / "x.hdf5"
+    image = np.random.RandomState(0).randint(0, 256, (5, 3, 64, 64), dtype=np.uint8)
+    with h5py.File(path, "w") as f:
+        f["states"], f["actions"], f["rewards"] = image, np.arange(5), np.ones(5, np.float32)
+        f["dones"], f["returns_to_go"] = True, np.arange(5, 0, -1).astype(np.float32)
+    trajectory = data.open_trajectory(path)
+    gray = data.to_gray(trajectory.states[1:3])
+    assert gray.shape == (2, 1, 64, 64) and gray.dtype == np.uint8
+    luma = image[1:3, 0] * 0.299 + image[1:3, 1] * 0.587 + image[1:3, 2] * 0.114
+    assert np.abs(gray[:, 0] - luma).max() <= 0.5 + 1e-6
+    assert trajectory.returns_to_go.tolist() == [5, 4, 3, 2, 1]
+
+
+def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
+    """A missing episode is made again, bit for bit, and nothing else is touched; the card measures the expert."""
+    monkeypatch.chdir(tmp_path)
+    data.make(["darkroom/train"], "d", episodes=12, processes=1)
+    folder = Path("d/darkroom/train")
+    victim, witness = folder / "000005.hdf5", folder / "000006.hdf5"
+    with h5py.File(victim) as f:
+        before = {k: f[k][:] for k in f}
+    stamp = witness.stat().st_mtime_ns
+    victim.unlink()
+    (folder / "000007.hdf5.tmp").write_bytes(b"half")               # what a kill leaves behind
+    data.make(["darkroom/train"], "d", episodes=12, processes=1)
+    with h5py.File(victim) as f:
+        assert all(np.array_equal(before[k], f[k][:]) for k in before)
+    assert witness.stat().st_mtime_ns == stamp
+    card = data.load_card(folder)
+    assert card["target_return"] == 80.0 and card["constant_rtg"]
+    env = worlds.DarkRoom("train")
+    n = 24                                                          # 2 references per episode
+    index = lambda row, col: row * 10 + (col if row % 2 == 0 else 9 - col)
+    goals = [env.goals[(data.EXPERT_SEED + k) % 80] for k in range(n)]
+    assert np.isclose(card["reference_score"], np.mean([100 - index(*g) for g in goals]))
+    lengths = json.loads((folder / "episode_lengths.json").read_text())
+    assert lengths == {f"{k:06d}": 100 for k in range(12)}
+    states = np.concatenate([h5py.File(p)["states"][:] for p in sorted(folder.glob("*.hdf5"))])
+    assert np.allclose(card["state_mean"], states.mean(0)) and np.allclose(card["state_std"], states.std(0))
+
+
+def test_lost_lives_end_trajectories():
+    """Pieces of an episode, cut after the step on which a life was lost."""
+    episode = worlds.Episode(0, None, None, np.zeros(6), np.array([3, 3, 2, 2, 1, 0]), False, True)
+    assert data.split_lives(episode) == [(0, 3), (3, 5), (5, 6)]
+    assert data.split_lives(worlds.Episode(0, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
+
+
+# -------------------------------------------------------------------------------------------------------- training
+def tiny_args(root, **changes):
+    """A run of seconds."""
+    return train.Args(tasks=("darkroom/train",), data_root=root, episodes_per_task=6, steps=6, context=10,
+                      batch_size=3, layers=2, episodes=0, save_every=3, dropout=0.1, **changes)
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_resume_is_exact(backbone, tmp_path, monkeypatch):
+    """Six steps in one go, and the same run killed in its fifth and resumed: equal to the last bit."""
+    monkeypatch.chdir(tmp_path)
+    train.main(tiny_args(Path("d"), backbone=backbone, name="whole"))
+    real_write = train.Log.write
+
+    def killed(self, **row):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+        real_write(self, **row)
+    monkeypatch.setattr(train.Log, "write", killed)
+    with pytest.raises(SystemExit, match="--resume"):
+        train.main(tiny_args(Path("d"), backbone=backbone, name="parts"))
+    monkeypatch.setattr(train.Log, "write", real_write)
+    train.main(train.Args(backbone=backbone, name="parts", resume=True, episodes=0, save_every=3))
+    a, b = (lram.load_checkpoint(f"runs/{name}/checkpoint.pt") for name in ("whole", "parts"))
+    assert a["step"] == b["step"] == 6
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    logs = [[json.loads(line) for line in open(f"runs/{name}/log.jsonl")] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    assert (Path("runs/parts/curves.png").stat().st_size > 5000) and Path("runs/parts/config.json").exists()
+
+
+def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
+    """Action = sign of the observation: the loss falls to nearly nothing."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("d/darkroom/train")
+    folder.mkdir(parents=True)
+    rng, lengths = np.random.default_rng(0), {}
+    for k in range(20):
+        states = rng.normal(size=(40, 2)).astype(np.float32)
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, (states[:, 0] > 0).astype(int), np.zeros(40), False)
+        lengths[f"{k:06d}"] = 40
+    (folder / "task.json").write_text(json.dumps(dark_card(state_mean=[0.0, 0.0], state_std=[1.0, 1.0])))
+    (folder / "episode_lengths.json").write_text(json.dumps(lengths))
+    train.main(train.Args(tasks=("darkroom/train",), data_root=Path("d"), episodes_per_task=20, steps=120, context=10,
+                          batch_size=16, layers=1, episodes=0, warmup=10, name="x"))
+    rows = [json.loads(line) for line in open("runs/x/log.jsonl")]
+    assert [r["perplexity"]["darkroom"] for r in rows if "perplexity" in r][-1] < 1.3
+
+
+def test_learning_rate_schedule():
+    """Linear to the peak at the end of warm-up, then down a cosine to 1e-6."""
+    args = train.resolve(train.Args(steps=1000, lr=1e-3, warmup=100))
+    assert np.isclose(train.learning_rate(49, args), 0.5e-3) and np.isclose(train.learning_rate(99, args), 1e-3)
+    assert np.isclose(train.learning_rate(550, args), (1e-3 + 1e-6) / 2)
+    assert train.learning_rate(999, args) < 4e-6
+
+
+def test_nan_loss_stops_with_advice(tmp_path, monkeypatch):
+    """And leaves the last checkpoint as it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "action_loss", lambda *a: lram.action_loss(*a) * float("nan"))
+    with pytest.raises(SystemExit, match="not finite at step 0.*--lr"):
+        train.main(tiny_args(Path("d"), name="x"))
+
+
+def test_checkpoints_are_refused_with_a_reason(tmp_path):
+    """Absent, truncated, foreign, and with code inside."""
+    with pytest.raises(SystemExit, match="no checkpoint at"):
+        lram.load_checkpoint(tmp_path / "none.pt")
+    good = tmp_path / "good.pt"
+    lram.save_checkpoint(good, {"model": {}, "model_config": {}, "cards": {}})
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:200])
+    with pytest.raises(SystemExit, match="not a readable checkpoint"):
+        lram.load_checkpoint(tmp_path / "cut.pt")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    with pytest.raises(SystemExit, match="holds no model"):
+        lram.load_checkpoint(tmp_path / "foreign.pt")
+    torch.save({"model": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(SystemExit, match="not a readable checkpoint"):
+        lram.load_checkpoint(tmp_path / "code.pt")
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """Writing fails halfway: the old file stands and no half-written one is left."""
+    path = tmp_path / "c.pt"
+    lram.save_checkpoint(path, {"model": 1})
+
+    def full(payload, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="last good checkpoint is untouched"):
+        lram.save_checkpoint(path, {"model": 2})
+    assert torch.load(path, weights_only=True) == {"model": 1} and os.listdir(tmp_path) == ["c.pt"]
+
+
+def run(*command, cwd=REPOSITORY):
+    """A command as a user would type it."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True,
+                          text=True)
+
+
+@pytest.mark.parametrize("command,words", (
+    (("train.py", "--backbon", "mlstm"), "--backbone"), (("train.py", "--steps", "many"), "--steps"),
+    (("train.py", "--backbone", "mlstn"), "mlstm"), (("train.py", "--tasks", "metaworld/reach"), "metaworld/reach-v3"),
+    (("train.py", "--tasks", "atari/freewy"), "nearest: atari/freeway"), (("eval.py", "--checkpoint", "none.pt"), "train one with"),
+    (("data.py", "make", "darkrom/train"), "darkroom/train"), (("train.py", "--resume", "--name", "x"), "nothing to")))
+def test_mistakes_are_answered_with_the_nearest_choice(command, words, tmp_path):
+    """Exit code other than 0, no traceback, and the word that helps."""
+    done = run(REPOSITORY / command[0], *command[1:], cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert words in done.stderr + done.stdout
+
+
+def readme_commands():
+    """Every `python ...` command of README's code blocks, without comments."""
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [part.strip() for line in lines for part in line.split("&&")]
+    return list(dict.fromkeys(line for line in lines if line.startswith("python ") and "pytest" not in line
+                              and "-m venv" not in line))
+
+
+def test_readme_commands_run(tmp_path):
+    """In order, in one folder, each in its quick form: fewer steps and episodes, one small domain."""
+    quick = {"train.py": ["--steps", "2", "--episodes-per-task", "3", "--episodes", "1", "--batch-size", "2",
+                          "--dtype", "float32"],
+             "eval.py": ["--episodes", "1"], "data.py": []}
+    commands = readme_commands()
+    assert len(commands) >= 5
+    for command in commands:
+        script, *rest = command.split()[1:]
+        extra = list(quick.get(script, []))
+        if script == "train.py":
+            if "--tasks" not in rest:
+                extra += ["--tasks", "darkroom/train", "darkroom/heldout"]
+            for flag in ("--steps", "--episodes"):
+                if flag in rest:
+                    at = extra.index(flag)
+                    del extra[at:at + 2]
+            rest = ["16m" if r.endswith("m") and r[:-1].isdigit() else r for r in rest]
+        if script == "data.py" and rest[:1] == ["make"]:
+            extra = ["--episodes", "1"] if "--episodes" not in rest else []
+            rest = rest if len(rest) > 1 and not rest[1].startswith("--") else ["make", "darkroom/train", *rest[1:]]
+        done = run(REPOSITORY / script, *rest, *extra, cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    scores = json.loads((tmp_path / "runs/mlstm/scores.json").read_text())
+    assert np.isfinite(scores["mean_over_domains"])
