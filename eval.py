@@ -38,6 +38,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 EVALUATION_SEED = 1_000_000     # episodes k = 0, 1, ... of a score use seed 1,000,000 + k: never used for data
 METAWORLD_STEPS = 200          # the paper's limit; the simulator's own is 500
 DMCONTROL_STEPS = 1000         # every task of the suite's benchmarking set lasts this long
+ATARI_STEPS = 27_000           # decisions of 4 frames: 30 minutes of play, the literature's limit
 
 
 # ------------------------------------------------------------------------------------------------ Meta-World
@@ -231,32 +232,61 @@ def make_darkroom(split, render=False):
 
 
 # ---------------------------------------------------------------------------------------------------- Atari
-class GrayImage(gym.ObservationWrapper):
-    """(64, 64) uint8 -> (1, 64, 64): channels first, as the image encoder reads it."""
+class InstantStart(gym.Wrapper):
+    """Resets an ALE game by restoring its first moment instead of loading its ROM again.
+
+    ALE's own reset(seed) loads the ROM for each new seed (70 ms against 3); its reset() without a
+    seed does not, but then some games remember the last episode (Freeway's traffic, for one).
+    Without sticky actions the emulator draws no random numbers, so the seed only has to reach
+    `np_random`, from which AtariPreprocessing draws its number of initial no-ops.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        env.reset()
+        env.step(0)     # one frame in: Q*bert's memory is not complete at the very start
+        self.start = self.unwrapped.ale.cloneState()
+
+    def reset(self, *, seed=None, options=None):
+        game = self.unwrapped
+        if seed is not None:
+            game.np_random = np.random.default_rng(seed)
+        game.ale.restoreState(self.start)
+        return game._get_obs(), game._get_info()
+
+
+class ChannelFirst(gym.ObservationWrapper):
+    """(64, 64) -> (1, 64, 64)."""
 
     def __init__(self, env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
 
-    def observation(self, obs):
-        """(64, 64) -> (1, 64, 64)."""
-        return obs[None]
+    def observation(self, picture):
+        return picture[None]
 
 
 def make_atari(game, render=False):
-    """Atari `game` ("freeway", "ms_pacman"): 64x64 gray, frame-skip 4, 18 actions, at most 27,000 steps."""
+    """Atari `game` ("freeway", "ms_pacman", one of 100): (1, 64, 64) uint8 grey, Discrete(18).
+
+    A step is 4 frames of one action; no sticky actions; rewards are the game's points, unclipped.
+    info["lives"] counts what is left; losing a life does not end the episode.
+    """
     import ale_py
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)      # no banner
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)         # before the first banner
     gym.register_envs(ale_py)
-    name = f"ALE/{game.replace('_', ' ').title().replace(' ', '')}-v5"
-    if name not in gym.registry:
-        known = [n[4:-3] for n in gym.registry if n.startswith("ALE/")]
-        near = difflib.get_close_matches(name[4:-3], known, n=3, cutoff=0.3)
+    name = "".join(word.capitalize() for word in game.split("_"))      # ms_pacman -> MsPacman
+    if f"ALE/{name}-v5" not in gym.registry:
+        known = [id[4:-3] for id in gym.registry if id.startswith("ALE/")]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise ValueError(f"no such game; nearest: {', '.join(near)}")
-    env = gym.make(name, frameskip=1, repeat_action_probability=0.0, full_action_space=True,
+    env = gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0,
+                   full_action_space=True, obs_type="grayscale",       # cheaper than unused RGB
                    render_mode="rgb_array" if render else None)
-    env = gym.wrappers.AtariPreprocessing(env, noop_max=30, frame_skip=4, screen_size=64)
-    return gym.wrappers.TimeLimit(GrayImage(env), 27_000)
+    env = gym.wrappers.AtariPreprocessing(InstantStart(env), noop_max=30, frame_skip=4,
+                                          screen_size=64, grayscale_obs=True,
+                                          terminal_on_life_loss=False)
+    return gym.wrappers.TimeLimit(ChannelFirst(env), ATARI_STEPS)
 
 
 # ----------------------------------------------------------------------------------------------- task table
