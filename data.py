@@ -430,9 +430,10 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     jobs.sort(key=lambda job: job[1].startswith("atari"), reverse=True)
     measured = {task: {} for task in plans}
     context = multiprocessing.get_context("spawn")
-    total = sum(len(args[-1]) for _, _, args in jobs)
+    cost = lambda task, args: len(args[-1]) * split_task(task)[0].steps
+    total = sum(cost(task, args) for _, task, args in jobs)
     with ProcessPoolExecutor(processes, context, _quiet_worker) as pool, \
-            tqdm(total=total, desc="make data", unit="episode") as bar:
+            tqdm(total=total, desc="make data", unit="step", unit_scale=True) as bar:
         futures = {pool.submit(function, task, *args): (function, task, args) for function, task, args in jobs}
         try:
             for future in as_completed(futures):
@@ -442,7 +443,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
                 else:
                     future.result()
                 bar.set_postfix_str(task)
-                bar.update(len(args[-1]))
+                bar.update(cost(task, args))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

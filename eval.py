@@ -302,19 +302,21 @@ class Domain:
     clip_rewards: bool = False          # the model sees rewards clipped to [-1, 1]; scores use raw ones
     constant_rtg: float | None = None   # a return-to-go that never falls, where the true one names the goal
     episodes: int = 20                  # per task, for a score
+    steps: int = 200                    # of a typical episode, for progress bars
 
 
 DOMAINS = {
     "darkroom": Domain(make_darkroom, "gymnasium", "gymnasium", ("train",), ("heldout",),
-                       constant_rtg=80.0, episodes=80),
+                       constant_rtg=80.0, episodes=80, steps=100),
     "metaworld": Domain(make_metaworld, "metaworld", "metaworld==3.1.1 packaging",
                         ("reach-v3", "door-open-v3", "drawer-close-v3", "button-press-topdown-v3",
                          "window-open-v3", "push-v3", "pick-place-v3"), reward_scale=200.0),
     "dmcontrol": Domain(make_dmcontrol, "dm_control", "dm-control==1.0.28",
                         ("cartpole-balance", "cartpole-swingup", "point_mass-easy", "reacher-easy"),
-                        reward_scale=100.0),
+                        reward_scale=100.0, steps=1000),
     "atari": Domain(make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless",
-                    ("freeway", "pong", "breakout"), reward_scale=20.0, clip_rewards=True, episodes=8),
+                    ("freeway", "pong", "breakout"), reward_scale=20.0, clip_rewards=True, episodes=8,
+                    steps=2000),
 }
 
 
@@ -512,20 +514,20 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
     from tqdm import tqdm
     from lram import Agent
     results = {}
-    with tqdm(total=len(cards), desc="evaluate", unit="task", disable=quiet, leave=False) as bar:
-        for task, card in cards.items():
+    counts = {task: episodes or split_task(task)[0].episodes for task in cards if not is_available(task)}
+    for task in cards.keys() - counts.keys():
+        print(f"{task} left out: its simulator is not installed ({is_available(task)})", file=sys.stderr)
+    total = sum(n * split_task(task)[0].steps for task, n in counts.items())
+    with tqdm(total=total, desc="evaluate", unit="step", unit_scale=True, disable=quiet, leave=False) as bar:
+        for task, n in counts.items():
             bar.set_postfix_str(task)
-            missing = is_available(task)
-            if missing:
-                tqdm.write(f"{task} left out: its simulator is not installed ({missing})")
-                continue
-            n = episodes or split_task(task)[0].episodes
+            card = cards[task]
             agent = Agent(model, card, seed=seed, **agent_options)
             done = list(rollout(partial(make_env, task), partial(agent_policy, agent=agent),
-                                [seed + k for k in range(n)], num_envs, keep_states=False))
+                                [seed + k for k in range(n)], num_envs, keep_states=False,
+                                advance=bar.update))
             results[task] = {"returns": [float(e.rewards.sum()) for e in done], "card": card,
                              "success": float(np.mean([e.success for e in done]))}
-            bar.update()
     return summarise(results)
 
 
@@ -577,11 +579,57 @@ class Args:
     device: str = "auto"
     """cpu, cuda, or auto."""
     output: Path | None = None
-    """Write the scores as JSON here."""
+    """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
     """Record one episode of the first task as an animated GIF and stop."""
+    compare: tuple[Path, ...] = ()
+    """Instead of scoring: a table (and with --output a picture) of these scores.json of several runs."""
     list: bool = False
     """Print the task table and what is missing for each, and stop."""
+
+
+def compare(paths, output):
+    """Several scores.json -> a Markdown table on stdout, and a picture if output is given."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
+    print("| task | " + " | ".join(runs) + " | best constant action |\n" + "|---" * (len(runs) + 2) + "|")
+    for task in tasks:
+        rows = [run["tasks"].get(task) for run in runs.values()]
+        cells = [f"{r['score']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})" if r else "-" for r in rows]
+        constant = next((f"{r['constant_score']:.2f}" for r in rows if r and "constant_score" in r), "")
+        held = " (held out)" if any(r and r["heldout"] for r in rows) else ""
+        print(f"| {task}{held} | " + " | ".join(cells) + f" | {constant} |")
+    means = [f"**{r['mean_over_domains']:.3f}** ({r['interval'][0]:.3f} to {r['interval'][1]:.3f})"
+             for r in runs.values()]
+    print("| **mean over domains** | " + " | ".join(means) + " | |")
+    if output is None:
+        return
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
+    width, x = 0.8 / len(runs), np.arange(len(tasks) + 1)
+    for k, (name, run) in enumerate(runs.items()):
+        rows = [run["tasks"].get(task) for task in tasks] + [{"score": run["mean_over_domains"], **run}]
+        y = np.array([r["score"] if r else np.nan for r in rows])
+        ends = np.array([r["interval"] if r else (np.nan, np.nan) for r in rows]).T
+        axis.bar(x + (k - (len(runs) - 1) / 2) * width, y, width, label=name, yerr=np.abs(ends - y), capsize=2,
+                 error_kw={"elinewidth": 1})
+    for k, task in enumerate(tasks):
+        row = next(run["tasks"][task] for run in runs.values() if task in run["tasks"])
+        if "constant_score" in row:
+            axis.plot([k - 0.45, k + 0.45], [row["constant_score"]] * 2, "k:", linewidth=1.5,
+                      label="best constant action" if k == 0 else None)
+    axis.axhline(1.0, color="gray", linewidth=0.8)
+    axis.axvline(len(tasks) - 0.5, color="gray", linewidth=0.8)
+    labels = [task.replace("/", "/\n").removesuffix("-v3") for task in tasks] + ["mean over\ndomains"]
+    axis.set_xticks(x, labels, rotation=0, fontsize=7)
+    axis.set_ylabel("score (0 random, 1 expert)")
+    axis.set_ylim(min(0.0, axis.get_ylim()[0]), None)
+    axis.legend(ncol=3, fontsize=8)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+    print(f"wrote {output}", file=sys.stderr)
 
 
 def choose_cards(cards, tasks):
@@ -600,6 +648,8 @@ def main(args):
         for task in all_tasks():
             print(f"{task:<36}{is_available(task) or 'available'}")
         return
+    if args.compare:
+        return compare(args.compare, args.output)
     if args.checkpoint is None:
         raise SystemExit("give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list")
     from lram import Agent, choose_device, count_parameters, load_checkpoint, model_from_checkpoint
