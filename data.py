@@ -230,7 +230,8 @@ class PongExpert:
 
     The paddle is heavy: it gathers speed to 24 a decision and coasts, and a ball is met where it is
     8 +- 12 below the paddle. Steering by the place alone swings around the target by 25 and misses;
-    so what counts is the place to which the paddle would coast.
+    so what counts is the place to which the paddle would coast. No good player even so: it rarely
+    loses the ball but rarely wins it either, and without noise it can repeat one rally for ever.
     """
 
     PADDLE_X, WALLS = 188, (44, 207)
@@ -285,7 +286,7 @@ class Recipe:
 
 RECIPES = {
     "darkroom": Recipe(DarkRoomExpert, episodes=320, sigma=0.05, references=80),
-    "metaworld": Recipe(MetaWorldExpert),
+    "metaworld": Recipe(MetaWorldExpert, references=40),
     "metaworld/push-v3": Recipe(MetaWorldExpert, episodes=60, sigma=0.15),
     "metaworld/pick-place-v3": Recipe(MetaWorldExpert, episodes=60, sigma=0.1),
     "dmcontrol/cartpole-balance": Recipe(CartpoleExpert, episodes=20, sigma=0.5),
@@ -490,9 +491,8 @@ def _finish_task(task, folder, measured):
     for path in sorted(folder.glob("*.hdf5")):
         with h5py.File(path) as f:
             lengths[path.stem], returns[path.stem] = len(f["rewards"]), float(np.sum(f["rewards"]))
-            if not image:
-                states = np.asarray(f["states"], np.float64)
-                total, square, count = total + states.sum(0), square + (states ** 2).sum(0), count + len(states)
+            states = f["states"][:].astype(np.float64)
+            total, square, count = total + states.sum(0), square + (states ** 2).sum(0), count + len(states)
     card = {
         "task": task, "domain": task.split("/")[0], "heldout": name in domain.heldout,
         "observation": {"kind": "image" if image else "vector", "shape": list(obs_space.shape)},
@@ -510,14 +510,16 @@ def _finish_task(task, folder, measured):
     if constants:
         best = max(constants, key=constants.get)
         card["constant"] = {"action": best, "mean_return": float(constants[best])}
-    if not count and not image:         # held out and without data: read as its domain's first training task
+    if not count:                       # held out and without data: read as its domain's first training task
         sibling = folder.parent / domain.tasks[0] / "task.json"
         if not sibling.exists():
             raise SystemExit(f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it")
         card.update({key: json.loads(sibling.read_text())[key] for key in ("state_mean", "state_std")})
     if count:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
-        card["state_mean"], card["state_std"] = mean.tolist(), np.where(std < 1e-4, 1.0, std).tolist()
+        # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
+        std = std + 0.05 * 255 if image else np.where(std < 1e-4, 1.0, std)
+        card["state_mean"], card["state_std"] = mean.round(6).tolist(), std.round(6).tolist()
     write_json(folder / "episode_lengths.json", lengths)
     write_json(folder / "episode_returns.json", returns)
     write_json(folder / "task.json", card)
@@ -636,9 +638,9 @@ class Mixture:
     it once and goes on without it. At most `open_files` trajectories are held open.
     """
 
-    def __init__(self, root, tasks, context, standardise=False, on_bad="refuse", top_fraction=1.0,
+    def __init__(self, root, tasks, standardise=False, on_bad="refuse", top_fraction=1.0,
                  open_files=512):
-        self.context, self.standardise, self.on_bad, self.open_files = context, standardise, on_bad, open_files
+        self.standardise, self.on_bad, self.open_files = standardise, on_bad, open_files
         self.cards, self.train, self.validation = {}, {}, {}
         self.cache, self.bad = OrderedDict(), set()
         for task in tasks:
@@ -688,8 +690,8 @@ class Mixture:
                 old.file.close()
         return trajectory
 
-    def window(self, task, stem, start):
-        """Steps start to start + C of a trajectory as the model reads them; None if the file is bad.
+    def window(self, task, stem, start, context):
+        """Steps start to start + context of a trajectory as the model reads them; None if the file is bad.
 
         reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale; previous is the
         action before, with `known` false where there is none.
@@ -698,7 +700,7 @@ class Mixture:
         trajectory, card = self.get(task, stem), self.cards[task]
         if trajectory is None:
             return None
-        stop = min(start + self.context, len(trajectory.rewards))
+        stop = min(start + context, len(trajectory.rewards))
         try:
             states = trajectory.states[start:stop]
             states = to_gray(states) if states.ndim == 4 else states
@@ -717,31 +719,31 @@ class Mixture:
                 "rtg": rtg / np.float32(card["reward_scale"]), "action": trajectory.actions[start:stop],
                 "previous": shifted(trajectory.actions), "known": known}
 
-    def sample(self, domain, batch_size, seed, step):
+    def sample(self, domain, batch_size, context, seed, step):
         """A batch of random windows, see collate: trajectories in proportion to length, then any start."""
         rng = np.random.default_rng([seed, step, self.domains.index(domain)])
         rows, weights = self.train[domain], self.weights[domain]
         windows, tries = [], 0
         while len(windows) < batch_size:
             task, stem, length = rows[rng.choice(len(rows), p=weights / weights.sum())]
-            start = int(rng.integers(max(1, length - self.context + 1)))
-            window = self.window(task, stem, start)
+            start = int(rng.integers(max(1, length - context + 1)))
+            window = self.window(task, stem, start, context)
             tries += 1
             if window is not None:
                 windows.append(window)
             elif tries > 100 * batch_size:
                 raise SystemExit(f"every trajectory of {domain} that was tried is malformed; see: "
                                  f"python data.py check {self.root}")
-        return collate(windows, self.context)
+        return collate(windows, context)
 
-    def validation_batches(self, domain, batch_size, max_windows=96):
+    def validation_batches(self, domain, batch_size, context, max_windows=96):
         """The held-out trajectories cut into consecutive windows, evenly thinned to at most max_windows."""
         cuts = [(task, stem, start) for task, stem, length in self.validation.get(domain, [])
-                for start in range(0, length, self.context)]
+                for start in range(0, length, context)]
         keep = np.unique(np.linspace(0, len(cuts) - 1, min(max_windows, len(cuts))).astype(int))
-        windows = [w for w in (self.window(*cuts[k]) for k in keep) if w is not None]
+        windows = [w for w in (self.window(*cuts[k], context) for k in keep) if w is not None]
         for i in range(0, len(windows), batch_size):
-            yield collate(windows[i:i + batch_size], self.context)
+            yield collate(windows[i:i + batch_size], context)
 
 
 def collate(windows, context):

@@ -469,11 +469,10 @@ def summarise(results):
             "mean_return": float(np.mean(result["returns"])), "success": result.get("success"),
             "random_return": card["random_score"], "reference_return": card["reference_score"],
             "heldout": card["heldout"], "target_return": card["target_return"],
-            "best_constant_action": card.get("constant"),
+            "best_constant_action": result.get("constant"),
         }
-        if card.get("constant"):
-            constant = float(normalise([card["constant"]["mean_return"]], card)[0])
-            tasks[task]["constant_score"] = constant
+        if result.get("constant"):
+            tasks[task]["constant_score"] = float(normalise(result["constant"]["mean_return"], card))
     trained = [t for t in tasks if not tasks[t]["heldout"]]
     summary = {"tasks": tasks}
     if trained:
@@ -526,7 +525,14 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
             done = list(rollout(partial(make_env, task), partial(agent_policy, agent=agent),
                                 [seed + k for k in range(n)], num_envs, keep_states=False,
                                 advance=bar.update))
-            results[task] = {"returns": [float(e.rewards.sum()) for e in done], "card": card,
+            if card.get("constant"):        # what ignoring the observation gives, on the same seeds
+                fixed = rollout(partial(make_env, task), partial(constant_policy, action=card["constant"]["action"]),
+                                [seed + k for k in range(n)], num_envs, keep_states=False)
+                constant = {"action": card["constant"]["action"],
+                            "mean_return": float(np.mean([e.rewards.sum() for e in fixed]))}
+            else:
+                constant = None
+            results[task] = {"returns": [float(e.rewards.sum()) for e in done], "card": card, "constant": constant,
                              "success": float(np.mean([e.success for e in done]))}
     return summarise(results)
 

@@ -70,7 +70,7 @@ class Config:
     tokens: tuple = ("r", "s", "rtg")   # one step's tokens, in this order; "a" in front: the last action
     dropout: float = 0.0
     cnn: tuple = (16, 32, 32)           # channels of the three image stages
-    standardise: bool = False           # per-task mean 0 and deviation 1 of vector observations
+    standardise: bool = False           # per-task mean 0 and deviation 1 of observations
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
 
 
 class ImpalaCNN(nn.Module):
-    """Image encoder of IMPALA (Espeholt et al., 2018): uint8 (N, 1, 64, 64) -> (N, D).
+    """Image encoder of IMPALA (Espeholt et al., 2018): (N, 1, 64, 64) -> (N, D).
 
     Three stages of conv, max-pool and two residual units; PyTorch's default initialisation.
     """
@@ -156,8 +156,9 @@ class ImpalaCNN(nn.Module):
         self.out = nn.Linear(c_in * 8 * 8, dim)
 
     def forward(self, image):
-        """uint8 (N, 1, 64, 64) -> (N, D)."""
-        x = image.to(self.out.weight.dtype) / 255
+        """uint8 (N, 1, 64, 64), or float if standardised, -> (N, D)."""
+        x = image.to(self.out.weight.dtype)
+        x = x / 255 if image.dtype == torch.uint8 else x
         for first, *residual in self.stages:
             x = F.max_pool2d(first(x), 3, stride=2, padding=1)          # (N, c, 32 | 16 | 8, ...)
             for a, b in (residual[:2], residual[2:]):
@@ -187,7 +188,7 @@ class LRAM(nn.Module):
     def tokens(self, obs, reward, rtg, last_action=None):
         """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part that config.tokens names.
 
-        obs (B, C, S) float or (B, C, 1, 64, 64) uint8; reward = r_{t-1} and rtg = R_t (B, C), both divided by the
+        obs (B, C, S) float or (B, C, 1, 64, 64) uint8 or standardised; reward = r_{t-1} and rtg = R_t (B, C), both divided by the
         reward scale; last_action (B, C, A) rows of encode_action, -1 for none. -> (B, C, tokens per step, D)
         """
         parts, dtype = [], self.encode_reward.weight.dtype
@@ -280,17 +281,15 @@ def action_loss(logits, target, mask, soft_sigma=0.0):
 
 # ---------------------------------------------------------------------------------------------------- acting
 def prepare_states(states, card, standardise):
-    """Observations as the model reads them: float32, minus the task's mean and over its deviation if asked.
+    """Observations as the model reads them: minus the task's mean and over its deviation, if asked.
 
-    states (..., S) or uint8 images (..., 1, 64, 64). Used on the windows of training and while acting alike.
+    states (..., S) or uint8 images (..., 1, 64, 64) -> float32, images that are not standardised stay uint8.
+    Used on the windows of training and while acting alike.
     """
-    if card["observation"]["kind"] == "image":
-        return states
-    states = states.astype(np.float32)
-    if standardise:
+    if standardise:     # per coordinate, or per pixel: what stands still disappears, what moves stands out
         mean, std = (np.asarray(card[key], dtype=np.float32) for key in ("state_mean", "state_std"))
-        states = (states - mean) / std
-    return states
+        return (states.astype(np.float32) - mean) / std
+    return states if card["observation"]["kind"] == "image" else states.astype(np.float32)
 
 
 class Agent:

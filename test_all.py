@@ -539,8 +539,8 @@ def test_acting_is_training(backbone, tokens, tmp_path):
             # asked for the return that it got, an agent sees the recorded returns-to-go
             got = dark_card(target_return=11.0)
             (folder / "task.json").write_text(json.dumps(got))
-            mixture = data.Mixture(tmp_path / mode, ["darkroom/train"], 100, standardise=True)
-            window = mixture.window("darkroom/train", str(row), 0)
+            mixture = data.Mixture(tmp_path / mode, ["darkroom/train"], standardise=True)
+            window = mixture.window("darkroom/train", str(row), 0, 100)
             window["rtg"] = (11.0 - (episode.rewards.sum() - window["rtg"])).astype(np.float32)
             inputs, _, _ = train.to_tensors(data.collate([window], 100), model.config, "cpu")
             for key in ("obs", "reward", "rtg", "last_action"):
@@ -766,32 +766,32 @@ def write_task(root, lengths, task="darkroom/train", seed=0, **card):
 def test_windows_hold_what_the_file_holds(tmp_path):
     """Rewards one step late, returns-to-go as suffix sums, both scaled; the action before; padding on the right."""
     folder = write_task(tmp_path, [30, 4], reward_scale=5.0)
-    mixture = data.Mixture(tmp_path, ["darkroom/train"], 8)
+    mixture = data.Mixture(tmp_path, ["darkroom/train"])
     with h5py.File(folder / "000000.hdf5") as f:
         rewards, actions = f["rewards"][:], f["actions"][:]
-    w = mixture.window("darkroom/train", "000000", 11)
+    w = mixture.window("darkroom/train", "000000", 11, 8)
     assert w["obs"][:, 1].tolist() == list(range(11, 19))
     assert np.allclose(w["reward"], rewards[10:18] / 5) and np.allclose(w["rtg"][0], rewards[11:].sum() / 5)
     assert w["action"].tolist() == actions[11:19].tolist() and w["previous"].tolist() == actions[10:18].tolist()
-    first, short = mixture.window("darkroom/train", "000000", 0), mixture.window("darkroom/train", "000001", 0)
+    first, short = mixture.window("darkroom/train", "000000", 0, 8), mixture.window("darkroom/train", "000001", 0, 8)
     assert first["reward"][0] == 0 and not first["known"][0] and first["known"][1:].all()
     batch = data.collate([first, short], 8)
     assert batch["mask"].sum(1).tolist() == [8, 4] and (batch["obs"][1, 4:] == 0).all()
     # a return-to-go that is held constant
     write_task(tmp_path / "c", [30, 30], constant_rtg=True, target_return=80.0)
-    constant = data.Mixture(tmp_path / "c", ["darkroom/train"], 8)
-    assert (constant.window("darkroom/train", "000000", 3)["rtg"] == 80.0).all()
+    constant = data.Mixture(tmp_path / "c", ["darkroom/train"])
+    assert (constant.window("darkroom/train", "000000", 3, 8)["rtg"] == 80.0).all()
 
 
 def test_trajectories_are_drawn_in_proportion_to_length(tmp_path):
     """And every start equally often; validation trajectories never."""
     write_task(tmp_path, [100, 50, 50, 20, 10])
-    mixture = data.Mixture(tmp_path, ["darkroom/train"], 10)
+    mixture = data.Mixture(tmp_path, ["darkroom/train"])
     held = {stem for _, stem, _ in mixture.validation["darkroom"]}
     rows = mixture.train["darkroom"]
     drawn, starts = {}, []
     for step in range(150):
-        for obs in mixture.sample("darkroom", 20, seed=1, step=step)["obs"]:
+        for obs in mixture.sample("darkroom", 20, 10, seed=1, step=step)["obs"]:
             drawn[f"{int(obs[0, 0]):06d}"] = drawn.get(f"{int(obs[0, 0]):06d}", 0) + 1
             starts += [obs[0, 1]] if obs[0, 0] == 0 else []
     total = sum(n for _, _, n in rows)
@@ -800,9 +800,9 @@ def test_trajectories_are_drawn_in_proportion_to_length(tmp_path):
         assert abs(drawn[stem] / 3000 - n / total) < 0.05
     if starts:
         assert min(starts) == 0 and max(starts) == 90
-    again = mixture.sample("darkroom", 20, seed=1, step=7)
+    again = mixture.sample("darkroom", 20, 10, seed=1, step=7)
     assert all(np.array_equal(a, b) for a, b in zip(again.values(), data.Mixture(
-        tmp_path, ["darkroom/train"], 10).sample("darkroom", 20, seed=1, step=7).values()))
+        tmp_path, ["darkroom/train"]).sample("darkroom", 20, 10, seed=1, step=7).values()))
 
 
 def damage(path, how):
@@ -839,17 +839,17 @@ def damage(path, how):
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     """With path and reason, by training and by `data.py check`; skipped on request."""
     folder = write_task(tmp_path, [30, 30, 30])
-    bad = [stem for _, stem, _ in data.Mixture(tmp_path, ["darkroom/train"], 8).train["darkroom"]][0]
+    bad = [stem for _, stem, _ in data.Mixture(tmp_path, ["darkroom/train"]).train["darkroom"]][0]
     damage(folder / f"{bad}.hdf5", how)
     with pytest.raises(SystemExit, match=words) as error:
-        mixture = data.Mixture(tmp_path, ["darkroom/train"], 8)
+        mixture = data.Mixture(tmp_path, ["darkroom/train"])
         for step in range(20):
-            mixture.sample("darkroom", 4, 0, step)
+            mixture.sample("darkroom", 4, 8, 0, step)
     assert f"{bad}.hdf5" in str(error.value) and "data.py check" in str(error.value)
     assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
-    mixture = data.Mixture(tmp_path, ["darkroom/train"], 8, on_bad="skip")
+    mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip")
     for step in range(5):
-        assert (mixture.sample("darkroom", 4, 0, step)["obs"][:, 0, 0] != int(bad)).all()
+        assert (mixture.sample("darkroom", 4, 8, 0, step)["obs"][:, 0, 0] != int(bad)).all()
     assert capsys.readouterr().err.count("skipped") == 1
 
 

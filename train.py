@@ -35,7 +35,7 @@ from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, 
 
 # name: (for tiny, for the paper's sizes)
 SETTINGS = {
-    "context": (20, 50), "batch_size": (12, 128), "image_batch_size": (4, 128), "steps": (1300, 33_333),
+    "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128), "image_batch_size": (8, 128), "steps": (1300, 33_333),
     "lr": (2e-3, 1e-4), "warmup": (50, 667), "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0),
     "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
 }
@@ -69,6 +69,8 @@ class Args:
     """Optimizer steps, each over one micro-batch of every domain."""
     context: int | None = None
     """C: environment steps per window (tokens: 3 C)."""
+    image_context: int | None = None
+    """The same for domains with images, at most C: shorter windows show more different pictures for the same cost."""
     batch_size: int | None = None
     """Windows per domain and step."""
     image_batch_size: int | None = None
@@ -84,7 +86,7 @@ class Args:
     soft_sigma: float | None = None
     """Width in bins of a Gaussian over neighbouring bins as target of continuous actions; 0: one-hot (the paper)."""
     standardise: bool | None = None
-    """Vector observations minus their mean and over their deviation, per task (the paper: no)."""
+    """Observations minus their mean and over their deviation, per task and coordinate or pixel (the paper: no)."""
 
     layers: int | None = None
     """Blocks (default: by size)."""
@@ -126,6 +128,8 @@ def resolve(args):
     column = 0 if args.size == "tiny" else 1
     chosen = {key: values[column] for key, values in SETTINGS.items() if getattr(args, key) is None}
     args = dataclasses.replace(args, **chosen)
+    if args.image_context > args.context:
+        args = dataclasses.replace(args, image_context=args.context)
     every = args.validate_every or max(1, math.ceil(args.steps / 6))
     return dataclasses.replace(args, validate_every=every)
 
@@ -190,7 +194,7 @@ def validate(model, mixture, args, device, autocast):
     result = {}
     for domain in mixture.domains:
         total, count = 0.0, 0
-        for batch in mixture.validation_batches(domain, batch_size_of(domain, mixture, args)):
+        for batch in mixture.validation_batches(domain, *window_shape(domain, mixture, args)):
             inputs, target, mask = to_tensors(batch, model.config, device)
             with autocast():
                 logits, _ = model(**inputs)
@@ -202,10 +206,10 @@ def validate(model, mixture, args, device, autocast):
     return result
 
 
-def batch_size_of(domain, mixture, args):
-    """Windows per micro-batch: fewer where observations are images."""
+def window_shape(domain, mixture, args):
+    """(windows per micro-batch, steps per window): fewer and shorter where observations are images."""
     image = any(c["domain"] == domain and c["observation"]["kind"] == "image" for c in mixture.cards.values())
-    return args.image_batch_size if image else args.batch_size
+    return (args.image_batch_size, args.image_context) if image else (args.batch_size, args.context)
 
 
 class Log:
@@ -268,7 +272,7 @@ def main(args):
 
     # data: what is missing is made now
     tasks = data.make(args.tasks, args.data_root, args.episodes_per_task)
-    mixture = data.Mixture(args.data_root, tasks, args.context, args.standardise, args.on_bad, args.top_fraction)
+    mixture = data.Mixture(args.data_root, tasks, args.standardise, args.on_bad, args.top_fraction)
     data_seconds = time.perf_counter() - started
 
     # model and optimizer
@@ -338,7 +342,7 @@ def main(args):
             losses = {}
             for domain in mixture.domains:
                 clock = time.perf_counter()
-                batch = mixture.sample(domain, batch_size_of(domain, mixture, args), args.seed, step)
+                batch = mixture.sample(domain, *window_shape(domain, mixture, args), args.seed, step)
                 inputs, target, mask = to_tensors(batch, config, device)
                 tokens_seen += mask.shape[0] * mask.shape[1] * len(config.tokens)
                 clock = lap("data", clock)
