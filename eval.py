@@ -517,7 +517,8 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
     for task in cards.keys() - counts.keys():
         print(f"{task} left out: its simulator is not installed ({is_available(task)})", file=sys.stderr)
     total = sum(n * split_task(task)[0].steps for task, n in counts.items())
-    with tqdm(total=total, desc="evaluate", unit="step", unit_scale=True, disable=quiet, leave=False) as bar:
+    with tqdm(total=total, desc="evaluate", unit="step", unit_scale=True, disable=quiet, leave=False,
+              mininterval=0.5) as bar:
         for task, n in counts.items():
             bar.set_postfix_str(task)
             card = cards[task]

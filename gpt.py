@@ -1,21 +1,21 @@
-"""GPT: causal self-attention with a key-value cache, and its block. The Transformer that LRAM is compared with.
+"""GPT: causal self-attention with a key-value cache, and its block. The Transformer baseline of LRAM.
 
-Source: GPT-2 (Radford et al., 2019) with pre-LayerNorm blocks, as in the Decision Transformer (Chen et al., 2021,
-arXiv 2106.01345) and the baseline "DT" of LRAM (arXiv 2410.22391).
+Source: GPT-2 (Radford et al., 2019) with pre-LayerNorm blocks, as in the Decision Transformer
+(Chen et al., 2021, arXiv 2106.01345) and the baseline "DT" of LRAM (arXiv 2410.22391).
 
     python gpt.py      # checks the two forms against each other and reports what it proved
 
-Its state is the cache of all keys and values since the sequence began: exact recall, at a cost that grows with
-every token, and bounded by the positions it has learned. Two ways to compute it:
+Its state is the cache of all keys and values since the sequence began: exact recall, at a cost
+that grows with every token, and bounded by the positions it has learned. Two ways to compute it:
 
-    attention_recurrent   one token after the other against the cache       the definition
-    attention_parallel    all tokens at once                                training, prefill, 3 tokens per step
+    attention_recurrent   one token after the other against the cache   the definition
+    attention_parallel    all tokens at once                            training, prefill, 3 tokens per step
 
 Glossary (the same letters in every file of this project)
-    B batch    T tokens    D model width    H heads    dh = D/H head width    S capacity of the cache in tokens
+    B batch   T tokens   D model width   H heads   dh = D/H head width   S cache size in tokens
     q, k, v    (B, H, T, dh)
-    state      (keys (B, H, S, dh), values (B, H, S, dh), used (B,)): a buffer of fixed size; row b holds used[b]
-               tokens. Rows may be of different age, so each can restart by itself.
+    state      (keys (B, H, S, dh), values (B, H, S, dh), used (B,)): a buffer of fixed size; row b
+               holds used[b] tokens. Rows may be of different age, so each can restart by itself.
 
 Not included: rotary or relative positions, grouped queries, weight tying.
 """
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# --------------------------------------------------------------------------------------- attention, twice
+# -------------------------------------------------------------------------------- attention, twice
 def attention_initial_state(q, capacity):
     """An empty cache for q (B, H, T, dh) with room for `capacity` tokens."""
     B, H, _, dh = q.shape
@@ -42,17 +42,19 @@ def _append(cache, new, used):
 
 
 def attention_recurrent(q, k, v, state=None, capacity=None):
-    """Causal attention, one token after the other: the definition that every other form is tested against.
+    """Causal attention, one token after another: the definition that every other form is tested against.
 
-    q, k, v (B, H, T, dh); state: the cache of a previous call, None for an empty one of `capacity` tokens
-    (default T). Returns y (B, H, T, dh) and the cache. More tokens than its capacity are an IndexError or
-    RuntimeError of the write.
+    q, k, v (B, H, T, dh); state: the cache of a previous call, None for an empty one of `capacity`
+    tokens (default T). Returns y (B, H, T, dh) and the cache. More tokens than its capacity are an
+    IndexError or RuntimeError of the write.
     """
-    keys, values, used = attention_initial_state(q, capacity or q.shape[2]) if state is None else state
+    keys, values, used = (attention_initial_state(q, capacity or q.shape[2])
+                          if state is None else state)
     slots = torch.arange(keys.shape[2], device=q.device)
     y = []
     for t in range(q.shape[2]):
-        keys, values = _append(keys, k[:, :, t:t + 1], used), _append(values, v[:, :, t:t + 1], used)
+        keys, values = (_append(keys, k[:, :, t:t + 1], used),
+                        _append(values, v[:, :, t:t + 1], used))
         used = used + 1
         # y_t = softmax(q_t k_s^T / sqrt(dh)) v_s over the tokens s <= t
         score = (keys @ q[:, :, t, :, None])[..., 0] * q.shape[-1] ** -0.5          # (B, H, S)
@@ -78,12 +80,13 @@ def attention_parallel(q, k, v, state=None, capacity=None):
     return y, (keys, values, used + T)
 
 
-# ----------------------------------------------------------------------------------------------- the blocks
+# -------------------------------------------------------------------------------------- the blocks
 class LearnedPositions(nn.Module):
-    """x (B, T, D) -> x + position embedding: the only thing that tells a Transformer the order of its tokens.
+    """x (B, T, D) -> x + position embedding: all that tells a Transformer the order of its tokens.
 
-    A block like the others (y, state = f(x, state)): its state is (used (B,)), the tokens a row has seen.
-    Raises ValueError when a row would pass `capacity` (checked on a CPU; a GPU's own assertion fires there).
+    A block like the others (y, state = f(x, state)): its state is (used (B,)), the tokens a row
+    has seen. Raises ValueError when a row would pass `capacity` (checked on a CPU; a GPU's own
+    assertion fires there).
     """
 
     def __init__(self, dim, capacity):
@@ -96,13 +99,14 @@ class LearnedPositions(nn.Module):
         return (torch.zeros(batch_size, dtype=torch.long, device=device),)
 
     def forward(self, x, state=None):
-        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
         B, T, _ = x.shape
         (used,) = self.initial_state(B, x.device) if state is None else state
         capacity = self.embedding.num_embeddings
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and int(used.max()) + T > capacity:
-            raise ValueError(f"gpt: {int(used.max())} tokens in the cache and {T} new ones exceed its {capacity} "
-                             "positions; reset the state, or act with --context window or stagger")
+        if (x.device.type == "cpu" and not torch.compiler.is_compiling()
+                and int(used.max()) + T > capacity):
+            raise ValueError(f"gpt: {int(used.max())} tokens in the cache and {T} new ones exceed its "
+                             f"{capacity} positions; reset the state, or act with --context window or stagger")
         position = used[:, None] + torch.arange(T, device=x.device)                 # (B, T)
         return x + self.embedding(position), (used + T,)
 
@@ -110,8 +114,9 @@ class LearnedPositions(nn.Module):
 class GPTBlock(nn.Module):
     """Residual attention followed by a residual MLP of width 4D, x (B, T, D) -> (B, T, D).
 
-    State: (keys (B, H, S, dh), values (B, H, S, dh), used (B,)): 2 S D numbers per row for a context of S tokens.
-    capacity: S. num_blocks: blocks in the whole backbone (scales the output initialisation).
+    State: (keys (B, H, S, dh), values (B, H, S, dh), used (B,)): 2 S D numbers per row.
+    capacity: S, the context in tokens.
+    num_blocks: blocks in the whole backbone (scales the output initialisation).
     """
 
     def __init__(self, dim, num_heads, capacity, num_blocks=1, dropout=0.0):
@@ -124,7 +129,8 @@ class GPTBlock(nn.Module):
         self.mlp_up, self.mlp_down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.qkv, self.out, self.mlp_up, self.mlp_down):
-            writes = linear in (self.out, self.mlp_down)        # two writes to the residual stream per block
+            # two writes to the residual stream per block
+            writes = linear in (self.out, self.mlp_down)
             nn.init.normal_(linear.weight, std=0.02 / (math.sqrt(2 * num_blocks) if writes else 1))
             nn.init.zeros_(linear.bias)
 
@@ -135,18 +141,18 @@ class GPTBlock(nn.Module):
         return attention_initial_state(q, self.capacity)
 
     def forward(self, x, state=None):
-        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
         B, T, D = x.shape
         # x + W_o attention(W_qkv LN(x))
         qkv = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # (B, H, T, dh) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, dh) each
         y, state = attention_parallel(q, k, v, state, self.capacity)
         x = x + self.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)))
         # x + W_2 gelu(W_1 LN(x))
         return x + self.dropout(self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))), state
 
 
-# --------------------------------------------------------------------------------------------- self-check
+# -------------------------------------------------------------------------------------- self-check
 def relative_error(a, b):
     """Largest absolute difference over the largest absolute value of b."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
@@ -162,7 +168,8 @@ def _self_check():
         y, state = attention_parallel(*(x.to(dtype) for x in (q, k, v)))
         errors = relative_error(y, truth), relative_error(state[0], cache[0])
         assert max(errors) < bar, errors
-        print(f"attention_parallel      output {errors[0]:.1e}   cache {errors[1]:.1e}   {str(dtype)[6:]}")
+        print(f"attention_parallel      output {errors[0]:.1e}   cache {errors[1]:.1e}   "
+              f"{str(dtype)[6:]}")
     blocks = nn.Sequential(LearnedPositions(96, 30), GPTBlock(96, 4, 30)).double()
     x = torch.randn(2, 30, 96, dtype=torch.float64)
     whole = blocks[1](blocks[0](x)[0])[0]

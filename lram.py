@@ -207,16 +207,16 @@ class LRAM(nn.Module):
             parts.append(self.encode_rtg(rtg[..., None])[:, :, None])
         return self.token_norm(torch.cat(parts, dim=2))
 
-    def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None):
+    def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None, at=-1):
         """The arguments of tokens(); action_dims: A for continuous actions, 0 for discrete ones.
 
         Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is one Linear
-        for all tasks; only the rows that these tasks read are computed.
+        for all tasks; only the rows that these tasks read are computed. at: the token of each step that is read,
+        the last for acting; a slice reads several, logits (B, C, tokens, ...).
         """
         tokens = self.tokens(obs, reward, rtg, last_action)             # (B, C, n, D)
-        B, C, n, D = tokens.shape
-        y, state = self.backbone(tokens.reshape(B, C * n, D), state)
-        y = y[:, n - 1::n]                                              # at each step's last token: (B, C, D)
+        y, state = self.backbone(tokens.flatten(1, 2), state)           # (B, C n, D)
+        y = y.view(tokens.shape)[:, :, at]                              # (B, C, D)
         rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
             slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
         logits = F.linear(y, self.head.weight[rows], self.head.bias[rows])

@@ -1,20 +1,21 @@
-"""Mamba: a diagonal linear recurrence whose coefficients depend on the input (selective scan), and its block.
+"""Mamba: a diagonal linear recurrence with input-dependent coefficients (selective scan), its block.
 
-Source: Mamba (Gu and Dao, 2023, arXiv 2312.00752), sections 3.2 to 3.4 and algorithm 2. LRAM (arXiv 2410.22391)
-compares it with xLSTM as a backbone.
+Source: Mamba (Gu and Dao, 2023, arXiv 2312.00752), sections 3.2 to 3.4 and algorithm 2. LRAM
+(arXiv 2410.22391) compares it with xLSTM as a backbone.
 
     python mamba.py      # checks the scans against each other and reports what it proved
 
-Every channel carries N numbers h. Each token decays them by exp(dt A) and adds dt x B: dt, B and C are computed
-from the token itself, so a channel can keep, overwrite or ignore. The recurrence is linear in h, so pairs of
-steps compose, (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2), and a scan can go over time as a tree. Three ways:
+Every channel carries N numbers h. Each token decays them by exp(dt A) and adds dt x B: dt, B and C
+are computed from the token itself, so a channel can keep, overwrite or ignore. The recurrence is
+linear in h, so pairs of steps compose, (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2), and a scan
+can go over time as a tree. Three ways:
 
-    selective_scan_recurrent   the loop, differentiated by PyTorch             the definition
-    selective_scan_parallel    tree inside chunks, loop between                teaches; a GPU without Triton
-    selective_scan_loop        the loop with its gradient by hand              training on a CPU, and acting
+    selective_scan_recurrent   the loop, differentiated by PyTorch      the definition
+    selective_scan_parallel    tree inside chunks, loop between         teaches; a GPU without Triton
+    selective_scan_loop        the loop with its gradient by hand       training on a CPU, and acting
 
-On a CPU the loop wins by 10x: the state (B, E, N) of one step stays in cache, the tree streams all T of them
-from memory log T times. `selective_scan` picks by device.
+On a CPU the loop wins by 10x: the state (B, E, N) of one step stays in cache, the tree streams all
+T of them from memory log T times. `selective_scan` picks by device.
 
 Glossary (the same letters in every file of this project)
     B batch    T tokens    D model width    E = 2D inner width    N = 16 numbers of state per channel
@@ -22,7 +23,7 @@ Glossary (the same letters in every file of this project)
     A          decay rates (E, N), negative            D    skip weight (E,)
     B, C       what is written and read (B, T, N)      h    state (B, E, N)
 
-Not included: Mamba-2's scalar decay and matrix form, other state initialisations, GPU kernels (kernels.py).
+Not included: Mamba-2 (scalar decay, matrix form), other initialisations, GPU kernels (kernels.py).
 """
 import math
 
@@ -31,28 +32,30 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ----------------------------------------------------------------------------- the recurrence, three times
+# --------------------------------------------------------------------- the recurrence, three times
 def selective_scan_recurrent(u, dt, A, B, C, D, state=None):
-    """Selective scan, one token after the other: the definition that every other form is tested against.
+    """Selective scan, one token after another: the definition that every other form is tested against.
 
-    u, dt (B, T, E), A (E, N), B, C (B, T, N), D (E,), state h (B, E, N) of a previous call or None.
-    Returns y (B, T, E) and h after the last token. Mamba, equations 2 and 4: zero-order hold for A, Euler for B.
+    u, dt (B, T, E), A (E, N), B, C (B, T, N), D (E,), state h (B, E, N) of a previous call or
+    None. Returns y (B, T, E) and h after the last token. Mamba, equations 2 and 4: zero-order hold
+    for A, Euler for B.
     """
     h = _initial_state(u, A) if state is None else state
     y = []
     for t in range(u.shape[1]):
         # h_t = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t                          (B, E, N)
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        h = (torch.exp(dt[:, t, :, None] * A) * h
+             + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :])
         # y_t = C_t h_t + D u_t                                               (B, E)
         y.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
     return torch.stack(y, dim=1).to(u.dtype), h
 
 
 def selective_scan_parallel(u, dt, A, B, C, D, state=None, chunk_size=32):
-    """Selective scan as a tree (Hillis-Steele) inside chunks, chunk after chunk. Same arguments and results.
+    """The scan as a tree (Hillis-Steele) in chunks, chunk after chunk. Same arguments and results.
 
-    log2(chunk_size) rounds; in round r every position composes with the one 2^r before it:
-    (a, b)_t <- (a_t a_{t-s}, a_t b_{t-s} + b_t).  Memory O(chunk_size) states of (B, E, N).
+    log2(chunk_size) rounds; in round r every position composes with the one 2^r before it: (a,
+    b)_t <- (a_t a_{t-s}, a_t b_{t-s} + b_t).  Memory O(chunk_size) states of (B, E, N).
     """
     h = _initial_state(u, A) if state is None else state
     y = []
@@ -105,7 +108,7 @@ class _SelectiveScanLoop(torch.autograd.Function):
 
 
 def selective_scan_loop(u, dt, A, B, C, D, state=None):
-    """The definition, faster on a CPU: same arguments and results, gradient by hand (no second order)."""
+    """The definition, faster on a CPU: same arguments and results, first-order gradient by hand."""
     h = _initial_state(u, A) if state is None else state
     inputs = [z.to(h.dtype) for z in (u, dt, A, B, C, D)]
     y, h = _SelectiveScanLoop.apply(*inputs, h)
@@ -113,7 +116,7 @@ def selective_scan_loop(u, dt, A, B, C, D, state=None):
 
 
 def selective_scan(u, dt, A, B, C, D, state=None):
-    """The loop on a CPU or for a few tokens (acting), the tree otherwise. Same arguments and results."""
+    """The loop on a CPU or for few tokens (acting), else the tree. Same arguments and results."""
     loop = u.device.type == "cpu" or u.shape[1] <= 8
     return (selective_scan_loop if loop else selective_scan_parallel)(u, dt, A, B, C, D, state)
 
@@ -123,11 +126,11 @@ def _initial_state(u, A):
     return torch.zeros(u.shape[0], *A.shape, dtype=dtype, device=u.device)
 
 
-# ------------------------------------------------------------------------------------------------ the block
+# --------------------------------------------------------------------------------------- the block
 def causal_conv(x, last, weight, bias):
     """Depthwise causal convolution over time: every channel sees its own last 4 values.
 
-    x (B, T, E), last (B, 3, E) the inputs before x, weight (E, 1, 4), bias (E,) -> (B, T, E), new last.
+    x (B, T, E), last (B, 3, E) inputs before x, weight (E, 1, 4), bias (E,) -> (B, T, E), new last.
     """
     x = torch.cat([last.to(x.dtype), x], dim=1)                             # (B, 3 + T, E)
     y = F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0])   # (B, E, T)
@@ -135,7 +138,7 @@ def causal_conv(x, last, weight, bias):
 
 
 class MambaBlock(nn.Module):
-    """Residual Mamba-1 block, x (B, T, D) -> (B, T, D). Mamba, figure 3; d_state 16, d_conv 4, expand 2.
+    """Residual Mamba-1 block, x (B, T, D) -> (B, T, D). Figure 3 with d_state 16, d_conv 4, expand 2.
 
     State: (h (B, E, 16), conv (B, 3, E)): 64 E + 12 E bytes per row.
     num_blocks: blocks in the whole backbone (scales the output initialisation).
@@ -148,11 +151,11 @@ class MambaBlock(nn.Module):
         self.inner, self.rank, self.scan = E, rank, scan
         self.norm = nn.Parameter(torch.ones(dim))
         self.up = nn.Linear(dim, 2 * E, bias=False)
-        conv = nn.Conv1d(E, E, 4, groups=E)                                 # PyTorch's own initialisation
-        self.conv_weight, self.conv_bias = conv.weight, conv.bias           # (E, 1, 4), (E,)
-        self.select = nn.Linear(E, rank + 2 * N, bias=False)                # [d, B, C]
+        conv = nn.Conv1d(E, E, 4, groups=E)                         # PyTorch's own initialisation
+        self.conv_weight, self.conv_bias = conv.weight, conv.bias   # (E, 1, 4), (E,)
+        self.select = nn.Linear(E, rank + 2 * N, bias=False)        # [d, B, C]
         self.dt = nn.Linear(rank, E)
-        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(E, 1))    # A = -1, ..., -N
+        self.A_log = nn.Parameter(torch.arange(1, N + 1).float().log().repeat(E, 1))  # A = -1..-N
         self.D = nn.Parameter(torch.ones(E))
         self.down = nn.Linear(E, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -161,7 +164,7 @@ class MambaBlock(nn.Module):
         with torch.no_grad():
             dt = torch.exp(torch.empty(E).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
             self.dt.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-            self.down.weight /= math.sqrt(num_blocks)                       # of nn.Linear's kaiming_uniform
+            self.down.weight /= math.sqrt(num_blocks)               # of nn.Linear's kaiming_uniform
 
     def initial_state(self, batch_size, device=None, dtype=torch.float32):
         """The state of batch_size fresh sequences; dtype is that of the convolution's inputs."""
@@ -170,21 +173,21 @@ class MambaBlock(nn.Module):
         return h, torch.zeros(batch_size, 3, self.inner, device=device, dtype=dtype)
 
     def forward(self, x, state=None):
-        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
         h, conv = self.initial_state(x.shape[0], x.device, x.dtype) if state is None else state
         # [u, z] = W_in RMSNorm(x);   u = silu(conv4(u))
         u, z = self.up(F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-5)).chunk(2, dim=-1)
         u, conv = causal_conv(u, conv, self.conv_weight, self.conv_bias)
-        u = F.silu(u)                                                       # (B, T, E)
+        u = F.silu(u)                                                 # (B, T, E)
         # dt, B, C from the token itself (the selection); A = -exp(A_log) in float32
-        d, B, C = self.select(u).split([self.rank, 16, 16], dim=-1)         # (B, T, rank), 2 x (B, T, 16)
-        dt = F.softplus(self.dt(d).to(h.dtype))                             # (B, T, E)
-        A = -torch.exp(self.A_log.to(h.dtype))                              # (E, 16)
-        y, h = self.scan(u, dt, A, B, C, self.D, h)                         # (B, T, E)
+        d, B, C = self.select(u).split([self.rank, 16, 16], dim=-1)   # (B, T, rank), 2 x (B, T, 16)
+        dt = F.softplus(self.dt(d).to(h.dtype))                       # (B, T, E)
+        A = -torch.exp(self.A_log.to(h.dtype))                        # (E, 16)
+        y, h = self.scan(u, dt, A, B, C, self.D, h)                   # (B, T, E)
         return x + self.dropout(self.down(y * F.silu(z))), (h, conv)
 
 
-# --------------------------------------------------------------------------------------------- self-check
+# -------------------------------------------------------------------------------------- self-check
 def relative_error(a, b):
     """Largest absolute difference over the largest absolute value of b."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
@@ -209,7 +212,8 @@ def _self_check():
             truth = truth or result
             errors = [relative_error(a, b) for a, b in zip(result, truth)]
             assert max(errors) < (1e-10 if dtype == torch.float64 else 1e-5), errors
-            print(f"{scan.__name__:<26}" + "".join(f"{e:>10.1e}" for e in (*errors[:2], max(errors[2:])))
+            print(f"{scan.__name__:<26}"
+                  + "".join(f"{e:>10.1e}" for e in (*errors[:2], max(errors[2:])))
                   + f"   {str(dtype)[6:]}")
     block = MambaBlock(96).double()
     x = torch.randn(2, 30, 96, dtype=torch.float64)

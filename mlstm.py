@@ -1,28 +1,29 @@
-"""mLSTM: an LSTM whose memory is a matrix, in its recurrent, parallel and chunkwise forms, and its block.
+"""mLSTM: an LSTM whose memory is a matrix: recurrent, parallel and chunkwise form, and its block.
 
-Source: xLSTM (Beck et al., 2024, arXiv 2405.04517), sections 2.3 and 2.4 and appendix A; chunkwise form as in
-Tiled Flash Linear Attention (arXiv 2503.14376). LRAM (arXiv 2410.22391) uses it as the backbone xLSTM[1:0].
+Source: xLSTM (Beck et al., 2024, arXiv 2405.04517), sections 2.3 and 2.4 and appendix A; chunkwise
+form as in Tiled Flash Linear Attention (arXiv 2503.14376). LRAM (arXiv 2410.22391) uses it as the
+backbone xLSTM[1:0].
 
     python mlstm.py      # checks the three forms against each other and reports what it proved
 
-The idea: attention without a growing cache. Every token writes the outer product k v^T into a matrix C and
-reads it back with its query q. Gates decide how much of the old matrix survives (f) and how much of the new
-token enters (i). One recurrence, three ways to compute it:
+The idea: attention without a growing cache. Every token writes the outer product k v^T into a
+matrix C and reads it back with its query q. Gates decide how much of the old matrix survives (f)
+and how much of the new token enters (i). One recurrence, three ways to compute it:
 
-    recurrent   one token after the other, O(1) memory        acting, and the definition
-    parallel    all pairs (t, s) at once, O(T^2)               short sequences, training
-    chunkwise   parallel inside a chunk, recurrent between     long sequences, and 3 tokens per environment step
+    recurrent   one token after the other, O(1) memory      acting, and the definition
+    parallel    all pairs (t, s) at once, O(T^2)             short sequences, training
+    chunkwise   parallel inside a chunk, recurrent between   long sequences, and 3 tokens per step
 
 Glossary (the same letters in every file of this project)
-    B batch    T tokens    D model width    H heads    E = 64 ceil(2D/64) inner width    L chunk length
+    B batch   T tokens   D model width   H heads   E = 64 ceil(2D/64) inner width   L chunk length
     K, V       widths of a head's keys and values (in the block K = V = E/H)
     q, k, v    query, key (B, H, T, K), value (B, H, T, V)
     i, f       input and forget gate before activation (B, H, T): exp(i) and sigmoid(f)
     C, n       matrix memory (B, H, K, V) and normaliser (B, H, K), both scaled by exp(-m)
-    m          stabiliser (B, H): the largest log-weight of any token in memory; the true memory is exp(m) C
+    m          stabiliser (B, H): largest log-weight of a token in memory; the true memory is exp(m) C
     b          running sum of log sigmoid(f) inside a chunk: log of the decay since the chunk began
 
-Not included: the 7B model's block without convolution, the sigmoid input gate, GPU kernels (kernels.py).
+Not included: the 7B model's block without convolution, sigmoid input gates, GPU kernels (kernels.py).
 """
 import math
 
@@ -33,11 +34,11 @@ from torch import nn
 EPS = 1e-6      # added to the normaliser, as in the public implementations
 
 
-# ---------------------------------------------------------------------------- the recurrence, three times
+# --------------------------------------------------------------------- the recurrence, three times
 def mlstm_initial_state(q, v):
-    """Empty memory for q (B, H, T, K), v (B, H, T, V): C (B, H, K, V), n (B, H, K), m (B, H), all 0.
+    """Empty memory for q (B, H, T, K), v (B, H, T, V): zeros C (B, H, K, V), n (B, H, K), m (B, H).
 
-    The state is float32 (float64 for float64 inputs) whatever the operands: it accumulates for whole episodes.
+    Float32 (float64 for float64 inputs) whatever the operands: it accumulates for whole episodes.
     """
     (B, H, _, K), V = q.shape, v.shape[-1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -46,16 +47,17 @@ def mlstm_initial_state(q, v):
 
 
 def quotient(num, den, m):
-    """h = num / max(|den|, 1), num (..., V), den, m (...): the 1 is exp(-m) in the units of the scaled memory."""
+    """h = num / max(|den|, 1), num (..., V), den, m (...): 1 is exp(-m) in units of the scaled memory."""
     return num / (torch.maximum(den.abs(), torch.exp(-m)) + EPS)[..., None]
 
 
 def mlstm_recurrent(q, k, v, i, f, state=None):
     """mLSTM, one token after the other: the definition that every other form is tested against.
 
-    q, k (B, H, T, K), v (B, H, T, V); i, f (B, H, T) gate pre-activations. state: (C, n, m) of a previous
-    call, None to start fresh. Returns h (B, H, T, V) in the dtype of v and the state after the last token.
-    xLSTM, equations 19 to 27. m carries no gradient: h does not depend on it but through EPS.
+    q, k (B, H, T, K), v (B, H, T, V); i, f (B, H, T) gate pre-activations. state: (C, n, m) of a
+    previous call, None to start fresh. Returns h (B, H, T, V) in the dtype of v and the state
+    after the last token. xLSTM, equations 19 to 27. m carries no gradient: h does not depend on it
+    but through EPS.
     """
     C, n, m = mlstm_initial_state(q, v) if state is None else state
     out_dtype = v.dtype
@@ -65,7 +67,7 @@ def mlstm_recurrent(q, k, v, i, f, state=None):
     for t in range(q.shape[2]):
         q_t, k_t, v_t, i_t = q[:, :, t], k[:, :, t], v[:, :, t], i[:, :, t]
         log_f = F.logsigmoid(f[:, :, t])                                    # (B, H)
-        # m_t = max(log f_t + m_{t-1}, i_t): the largest exponent in play, so that no exp() below exceeds 1
+        # m_t = max(log f_t + m_{t-1}, i_t): the largest exponent in play, so no exp() below exceeds 1
         m_new = torch.maximum(log_f + m, i_t).detach()                      # (B, H)
         forget, write = torch.exp(log_f + m - m_new), torch.exp(i_t - m_new)
         # C_t = f C_{t-1} + i k_t v_t^T,   n_t = f n_{t-1} + i k_t
@@ -80,10 +82,10 @@ def mlstm_recurrent(q, k, v, i, f, state=None):
 
 
 def log_decay(log_f):
-    """log_f (..., T) -> (..., T, T): entry [t, s] = sum of log_f over s < u <= t, and -inf for s > t.
+    """log_f (..., T) -> (..., T, T): entry [t, s] = sum of log_f over s < u <= t, -inf for s > t.
 
-    Summed within each column and not as a difference b_t - b_s: over thousands of tokens b grows to -1e5,
-    where float32 has no digits left for the few units that matter.
+    Summed within each column and not as a difference b_t - b_s: over thousands of tokens b grows
+    to -1e5, where float32 has no digits left for the few units that matter.
     """
     T = log_f.shape[-1]
     past = torch.ones(T, T, dtype=torch.bool, device=log_f.device).tril()
@@ -93,36 +95,37 @@ def log_decay(log_f):
 
 
 def mlstm_parallel(q, k, v, i, f, state=None):
-    """mLSTM, all tokens at once: one chunk of the chunkwise form. Same arguments and results as the definition.
+    """mLSTM, all tokens at once: one chunk of the chunkwise form. Same arguments and results.
 
-    Time and memory O(T^2) per head, every operation a large matrix product: right for T up to a few hundred,
-    and for T = 3 (one environment step), where C is read and written once instead of three times.
-    xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
+    Time and memory O(T^2) per head, every operation a large matrix product: right for T up to a
+    few hundred, and for T = 3 (one environment step), where C is read and written once instead of
+    three times. xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
     """
     fresh = state is None           # then C = n = 0: nothing to read or to keep from before
     C, n, m = mlstm_initial_state(q, v) if fresh else state
     dtype, scale = v.dtype, q.shape[-1] ** -0.5
-    log_f, i = F.logsigmoid(f.to(C.dtype)), i.to(C.dtype)                   # (B, H, T)
+    log_f, i = F.logsigmoid(f.to(C.dtype)), i.to(C.dtype)           # (B, H, T)
     # log D[t,s] = (decay from s to t) + i_s: the log-weight of token s as token t sees it
-    log_D = log_decay(log_f) + i[..., None, :]                              # (B, H, T, T)
-    b = log_f.cumsum(-1)                                                    # decay of the incoming state
-    m_t = torch.maximum(log_D.amax(-1), b + m[..., None]).detach()          # (B, H, T)
+    log_D = log_decay(log_f) + i[..., None, :]                      # (B, H, T, T)
+    b = log_f.cumsum(-1)                                            # decay of the incoming state
+    m_t = torch.maximum(log_D.amax(-1), b + m[..., None]).detach()  # (B, H, T)
     D = torch.exp(log_D - m_t[..., None])
 
     # S = (q k^T / sqrt(K)) * D;   h = (S v + decayed q C) / max(|S 1 + decayed q n|, exp(-m))
-    S = (q @ k.transpose(-1, -2)).to(C.dtype) * (D * scale)                 # (B, H, T, T)
-    num, den = (S.to(dtype) @ v).to(C.dtype), S.sum(-1)                     # (B, H, T, V), (B, H, T)
+    S = (q @ k.transpose(-1, -2)).to(C.dtype) * (D * scale)         # (B, H, T, T)
+    num, den = (S.to(dtype) @ v).to(C.dtype), S.sum(-1)             # (B, H, T, V), (B, H, T)
     if not fresh:
-        decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]     # (B, H, T, K)
+        # decayed q (B, H, T, K): the query as the incoming state sees it
+        decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]
         num = num + decayed_q @ C
         den = den + (decayed_q @ n[..., None])[..., 0]
     h = quotient(num, den, m_t)
 
     # the state after the last token: its row of D holds what every token still weighs at the end
-    weighted_k = k.to(C.dtype) * D[..., -1, :, None]                        # (B, H, T, K)
+    weighted_k = k.to(C.dtype) * D[..., -1, :, None]                # (B, H, T, K)
     C_new, n_new = weighted_k.transpose(-1, -2) @ v.to(C.dtype), weighted_k.sum(-2)
     if not fresh:
-        kept = torch.exp(b[..., -1] + m - m_t[..., -1])                     # (B, H)
+        kept = torch.exp(b[..., -1] + m - m_t[..., -1])             # (B, H)
         C_new, n_new = kept[..., None, None] * C + C_new, kept[..., None] * n + n_new
     return h.to(dtype), (C_new, n_new, m_t[..., -1])
 
@@ -130,8 +133,8 @@ def mlstm_parallel(q, k, v, i, f, state=None):
 def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
     """mLSTM, chunk after chunk: parallel inside, recurrent between. Same arguments and results.
 
-    Time O(T L) instead of O(T^2). chunk_size: tokens per chunk, any length >= 1; the last may be shorter.
-    With chunk_size 1 this is the recurrent form, with chunk_size >= T the parallel one.
+    Time O(T L) instead of O(T^2). chunk_size: tokens per chunk, any length >= 1; the last may be
+    shorter. With chunk_size 1 this is the recurrent form, with chunk_size >= T the parallel one.
     """
     h = []
     for start in range(0, q.shape[2], chunk_size):
@@ -141,11 +144,11 @@ def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
     return torch.cat(h, dim=2), state
 
 
-# ------------------------------------------------------------------------------------------------ the block
+# --------------------------------------------------------------------------------------- the block
 def causal_conv(x, last, weight, bias):
     """Depthwise causal convolution over time: every channel sees its own last 4 values.
 
-    x (B, T, E), last (B, 3, E) the inputs before x, weight (E, 1, 4), bias (E,) -> (B, T, E), new last.
+    x (B, T, E), last (B, 3, E) inputs before x, weight (E, 1, 4), bias (E,) -> (B, T, E), new last.
     """
     x = torch.cat([last.to(x.dtype), x], dim=1)                             # (B, 3 + T, E)
     y = F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0])   # (B, E, T)
@@ -155,8 +158,8 @@ def causal_conv(x, last, weight, bias):
 class MLSTMBlock(nn.Module):
     """Residual mLSTM block, x (B, T, D) -> (B, T, D). xLSTM, figure 11 (the one LRAM uses).
 
-    State: (C (B, H, K, K), n (B, H, K), m (B, H), conv (B, 3, E)), float32 for the first three:
-    4 (E^2/H + E + H) + 12 E bytes per row; at E = 2D and 4 heads the matrix alone holds D^2 numbers.
+    State: (C (B, H, K, K), n (B, H, K), m (B, H), conv (B, 3, E)), float32 for the first three: 4
+    (E^2/H + E + H) + 12 E bytes per row; at E = 2D and 4 heads the matrix alone holds D^2 numbers.
     num_blocks: blocks in the whole backbone (scales the output initialisation).
     cell: the function that runs the recurrence, any with the signature of mlstm_chunkwise.
     """
@@ -165,16 +168,16 @@ class MLSTMBlock(nn.Module):
         super().__init__()
         E = 64 * math.ceil(2 * dim / 64)
         if E % num_heads or E // num_heads % 4:
-            raise ValueError(f"mLSTM: {num_heads} heads do not divide the inner width {E} into multiples "
-                             f"of 4; use a power of two up to {E // 4 & -(E // 4)}")
+            raise ValueError(f"mLSTM: {num_heads} heads do not divide the inner width {E} into "
+                             f"multiples of 4; use a power of two up to {E // 4 & -(E // 4)}")
         self.inner, self.num_heads, self.cell = E, num_heads, cell
-        self.norm = nn.Parameter(torch.zeros(dim))                          # weight is 1 + norm
+        self.norm = nn.Parameter(torch.zeros(dim))                  # weight is 1 + norm
         self.up = nn.Linear(dim, 2 * E, bias=False)
-        conv = nn.Conv1d(E, E, 4, groups=E)                                 # PyTorch's own initialisation
-        self.conv_weight, self.conv_bias = conv.weight, conv.bias           # (E, 1, 4), (E,)
-        self.qkv = nn.Parameter(torch.empty(3, E // 4, 4, 4))               # E/4 blocks [in, out] for each
-        self.gates = nn.Linear(3 * E, 2 * num_heads)                        # i and f of every head
-        self.head_norm = nn.Parameter(torch.zeros(E))                       # weight is 1 + head_norm
+        conv = nn.Conv1d(E, E, 4, groups=E)                         # PyTorch's own initialisation
+        self.conv_weight, self.conv_bias = conv.weight, conv.bias   # (E, 1, 4), (E,)
+        self.qkv = nn.Parameter(torch.empty(3, E // 4, 4, 4))       # E/4 blocks [in, out] for each
+        self.gates = nn.Linear(3 * E, 2 * num_heads)                # i and f of every head
+        self.head_norm = nn.Parameter(torch.zeros(E))               # weight is 1 + head_norm
         self.skip = nn.Parameter(torch.ones(E))
         self.down = nn.Linear(E, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -192,22 +195,23 @@ class MLSTMBlock(nn.Module):
         """The state of batch_size fresh sequences; dtype is that of the convolution's inputs."""
         H, K = self.num_heads, self.inner // self.num_heads
         wide = torch.promote_types(dtype, torch.float32)
-        zeros = lambda *shape, dtype=wide: torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+        zeros = lambda *shape, dtype=wide: torch.zeros(
+            batch_size, *shape, device=device, dtype=dtype)
         return zeros(H, K, K), zeros(H, K), zeros(H), zeros(3, self.inner, dtype=dtype)
 
     def forward(self, x, state=None):
-        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
         B, T, D = x.shape
         H, E = self.num_heads, self.inner
         memory, conv = (None, x.new_zeros(B, 3, E)) if state is None else (state[:3], state[3])
-        heads = lambda y: y.reshape(B, T, H, E // H).transpose(1, 2)        # (B, T, E) -> (B, H, T, K)
+        heads = lambda y: y.reshape(B, T, H, E // H).transpose(1, 2)    # (B, T, E) -> (B, H, T, K)
 
         # [x_m, z] = W_up LN(x);   x_c = silu(conv4(x_m))
         x_m, z = self.up(F.layer_norm(x, (D,), 1 + self.norm, eps=1e-5)).chunk(2, dim=-1)
         x_c, conv = causal_conv(x_m, conv, self.conv_weight, self.conv_bias)
         x_c = F.silu(x_c)                                                   # (B, T, E)
 
-        # q = B_q x_c, k = B_k x_c, v = B_v x_m, each block-diagonal with 4x4 blocks: one batched product
+        # q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks: one batched product
         stacked = torch.stack([x_c, x_c, x_m]).view(3, B, T, E // 4, 4)
         q, k, v = torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).reshape(3, B, T, E)
         # i, f = W [q; k; v] + b: one scalar per head and token
@@ -220,7 +224,7 @@ class MLSTMBlock(nn.Module):
         return x + self.dropout(y), (*memory, conv)
 
 
-# --------------------------------------------------------------------------------------------- self-check
+# -------------------------------------------------------------------------------------- self-check
 def relative_error(a, b):
     """Largest absolute difference over the largest absolute value of b."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
@@ -240,7 +244,8 @@ def _self_check():
         bar = 1e-10 if dtype == torch.float64 else 1e-5
         for name, form in forms.items():
             h, state = form(*(x.to(dtype) for x in (q, k, v, i, f)))
-            errors = [relative_error(h, truth), *(relative_error(a, e) for a, e in zip(state[:2], end))]
+            errors = [relative_error(h, truth),
+                      *(relative_error(a, e) for a, e in zip(state[:2], end))]
             assert max(errors) < bar, f"{name} in {dtype} is off: {errors}"
             print(f"{name:<24}" + "".join(f"{e:>10.1e}" for e in errors) + f"   {str(dtype)[6:]}")
     block = MLSTMBlock(96).double()

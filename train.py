@@ -35,9 +35,9 @@ from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, 
 
 # name: (for tiny, for the paper's sizes)
 SETTINGS = {
-    "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128), "image_batch_size": (8, 128), "steps": (1300, 33_333),
+    "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128), "image_batch_size": (8, 128), "steps": (1200, 33_333),
     "lr": (2e-3, 1e-4), "warmup": (50, 667), "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0),
-    "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
+    "early_readout": (True, False), "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
 }
 
 
@@ -85,6 +85,8 @@ class Args:
     """On matrices only."""
     soft_sigma: float | None = None
     """Width in bins of a Gaussian over neighbouring bins as target of continuous actions; 0: one-hot (the paper)."""
+    early_readout: bool | None = None
+    """Learn the action also from s_t, before R_t is seen (the paper: no). Acting still reads it at R_t."""
     standardise: bool | None = None
     """Observations minus their mean and over their deviation, per task and coordinate or pixel (the paper: no)."""
 
@@ -323,6 +325,8 @@ def main(args):
 
     # training: one straight loop
     spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+    # where the action is learned: from R_t alone, or from every token from s_t on
+    readouts = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
     tokens_seen, train_started, step = 0, time.perf_counter(), first_step
 
     def lap(key, since):
@@ -347,11 +351,11 @@ def main(args):
                 tokens_seen += mask.shape[0] * mask.shape[1] * len(config.tokens)
                 clock = lap("data", clock)
                 with autocast():
-                    logits, _ = forward(**inputs)
-                    loss = action_loss(logits, target, mask, args.soft_sigma)
+                    logits, _ = forward(**inputs, at=slice(-readouts, None))    # (B, C, readouts, ...)
+                    parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
                 clock = lap("forward", clock)
-                scaler.scale(loss / len(mixture.domains)).backward()
-                losses[domain] = loss.detach()
+                scaler.scale(sum(parts) / len(mixture.domains)).backward()
+                losses[domain] = parts[-1].detach()
                 lap("backward", clock)
             clock = time.perf_counter()
             losses = {domain: loss.item() for domain, loss in losses.items()}
