@@ -1,4 +1,4 @@
-"""GPT: causal self-attention with a key-value cache, and its block. The Transformer baseline of LRAM.
+"""GPT: causal self-attention with a key-value cache, and its block. LRAM's Transformer baseline.
 
 Source: GPT-2 (Radford et al., 2019) with pre-LayerNorm blocks, as in the Decision Transformer
 (Chen et al., 2021, arXiv 2106.01345) and the baseline "DT" of LRAM (arXiv 2410.22391).
@@ -9,7 +9,7 @@ Its state is the cache of all keys and values since the sequence began: exact re
 that grows with every token, and bounded by the positions it has learned. Two ways to compute it:
 
     attention_recurrent   one token after the other against the cache   the definition
-    attention_parallel    all tokens at once                            training, prefill, 3 tokens per step
+    attention_parallel    all tokens at once                            training, prefill, acting
 
 Glossary (the same letters in every file of this project)
     B batch   T tokens   D model width   H heads   dh = D/H head width   S cache size in tokens
@@ -42,7 +42,7 @@ def _append(cache, new, used):
 
 
 def attention_recurrent(q, k, v, state=None, capacity=None):
-    """Causal attention, one token after another: the definition that every other form is tested against.
+    """Causal attention, one token after another: the definition every other form is tested against.
 
     q, k, v (B, H, T, dh); state: the cache of a previous call, None for an empty one of `capacity`
     tokens (default T). Returns y (B, H, T, dh) and the cache. More tokens than its capacity are an
@@ -105,8 +105,9 @@ class LearnedPositions(nn.Module):
         capacity = self.embedding.num_embeddings
         if (x.device.type == "cpu" and not torch.compiler.is_compiling()
                 and int(used.max()) + T > capacity):
-            raise ValueError(f"gpt: {int(used.max())} tokens in the cache and {T} new ones exceed its "
-                             f"{capacity} positions; reset the state, or act with --context window or stagger")
+            raise ValueError(f"gpt: {int(used.max())} tokens in the cache and {T} new ones "
+                             f"exceed its {capacity} positions; reset the state, or act with "
+                             "--context window or stagger")
         position = used[:, None] + torch.arange(T, device=x.device)                 # (B, T)
         return x + self.embedding(position), (used + T,)
 

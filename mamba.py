@@ -1,4 +1,4 @@
-"""Mamba: a diagonal linear recurrence with input-dependent coefficients (selective scan), its block.
+"""Mamba: the selective scan, a linear recurrence with coefficients from the input, and its block.
 
 Source: Mamba (Gu and Dao, 2023, arXiv 2312.00752), sections 3.2 to 3.4 and algorithm 2. LRAM
 (arXiv 2410.22391) compares it with xLSTM as a backbone.
@@ -10,18 +10,18 @@ are computed from the token itself, so a channel can keep, overwrite or ignore. 
 linear in h, so pairs of steps compose, (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2), and a scan
 can go over time as a tree. Three ways:
 
-    selective_scan_recurrent   the loop, differentiated by PyTorch      the definition
-    selective_scan_parallel    tree inside chunks, loop between         teaches; a GPU without Triton
-    selective_scan_loop        the loop with its gradient by hand       training on a CPU, and acting
+    selective_scan_recurrent   the loop, differentiated by PyTorch   the definition
+    selective_scan_parallel    tree inside chunks, loop between      teaches; a GPU without Triton
+    selective_scan_loop        the loop with its gradient by hand    training on a CPU, and acting
 
 On a CPU the loop wins by 10x: the state (B, E, N) of one step stays in cache, the tree streams all
 T of them from memory log T times. `selective_scan` picks by device.
 
 Glossary (the same letters in every file of this project)
-    B batch    T tokens    D model width    E = 2D inner width    N = 16 numbers of state per channel
-    u          input of the scan (B, T, E)             dt   step size after softplus (B, T, E), positive
-    A          decay rates (E, N), negative            D    skip weight (E,)
-    B, C       what is written and read (B, T, N)      h    state (B, E, N)
+    B batch   T tokens   D model width   E = 2D inner width   N = 16 numbers of state per channel
+    u          input of the scan (B, T, E)         dt  step size after softplus (B, T, E), positive
+    A          decay rates (E, N), negative        D   skip weight (E,)
+    B, C       what is written and read (B, T, N)  h   state (B, E, N)
 
 Not included: Mamba-2 (scalar decay, matrix form), other initialisations, GPU kernels (kernels.py).
 """
@@ -34,7 +34,7 @@ from torch import nn
 
 # --------------------------------------------------------------------- the recurrence, three times
 def selective_scan_recurrent(u, dt, A, B, C, D, state=None):
-    """Selective scan, one token after another: the definition that every other form is tested against.
+    """Selective scan, one token after another: the definition every other form is tested against.
 
     u, dt (B, T, E), A (E, N), B, C (B, T, N), D (E,), state h (B, E, N) of a previous call or
     None. Returns y (B, T, E) and h after the last token. Mamba, equations 2 and 4: zero-order hold
@@ -54,8 +54,8 @@ def selective_scan_recurrent(u, dt, A, B, C, D, state=None):
 def selective_scan_parallel(u, dt, A, B, C, D, state=None, chunk_size=32):
     """The scan as a tree (Hillis-Steele) in chunks, chunk after chunk. Same arguments and results.
 
-    log2(chunk_size) rounds; in round r every position composes with the one 2^r before it: (a,
-    b)_t <- (a_t a_{t-s}, a_t b_{t-s} + b_t).  Memory O(chunk_size) states of (B, E, N).
+    log2(chunk_size) rounds; in round r every position composes with the one 2^r before it:
+    (a, b)_t <- (a_t a_{t-s}, a_t b_{t-s} + b_t).  Memory O(chunk_size) states of (B, E, N).
     """
     h = _initial_state(u, A) if state is None else state
     y = []
@@ -138,7 +138,7 @@ def causal_conv(x, last, weight, bias):
 
 
 class MambaBlock(nn.Module):
-    """Residual Mamba-1 block, x (B, T, D) -> (B, T, D). Figure 3 with d_state 16, d_conv 4, expand 2.
+    """Residual Mamba-1 block, x (B, T, D) -> (B, T, D). Figure 3, d_state 16, d_conv 4, expand 2.
 
     State: (h (B, E, 16), conv (B, 3, E)): 64 E + 12 E bytes per row.
     num_blocks: blocks in the whole backbone (scales the output initialisation).

@@ -1,4 +1,4 @@
-"""mLSTM: an LSTM whose memory is a matrix: recurrent, parallel and chunkwise form, and its block.
+"""mLSTM, an LSTM whose memory is a matrix: recurrent, parallel and chunkwise forms, and its block.
 
 Source: xLSTM (Beck et al., 2024, arXiv 2405.04517), sections 2.3 and 2.4 and appendix A; chunkwise
 form as in Tiled Flash Linear Attention (arXiv 2503.14376). LRAM (arXiv 2410.22391) uses it as the
@@ -10,7 +10,7 @@ The idea: attention without a growing cache. Every token writes the outer produc
 matrix C and reads it back with its query q. Gates decide how much of the old matrix survives (f)
 and how much of the new token enters (i). One recurrence, three ways to compute it:
 
-    recurrent   one token after the other, O(1) memory      acting, and the definition
+    recurrent   one token after the other, O(1) memory       acting, and the definition
     parallel    all pairs (t, s) at once, O(T^2)             short sequences, training
     chunkwise   parallel inside a chunk, recurrent between   long sequences, and 3 tokens per step
 
@@ -20,10 +20,10 @@ Glossary (the same letters in every file of this project)
     q, k, v    query, key (B, H, T, K), value (B, H, T, V)
     i, f       input and forget gate before activation (B, H, T): exp(i) and sigmoid(f)
     C, n       matrix memory (B, H, K, V) and normaliser (B, H, K), both scaled by exp(-m)
-    m          stabiliser (B, H): largest log-weight of a token in memory; the true memory is exp(m) C
+    m          stabiliser (B, H): largest log-weight of a token in memory; the true one is exp(m) C
     b          running sum of log sigmoid(f) inside a chunk: log of the decay since the chunk began
 
-Not included: the 7B model's block without convolution, sigmoid input gates, GPU kernels (kernels.py).
+Not included: the 7B model's block (no convolution), sigmoid input gates, GPU kernels (kernels.py).
 """
 import math
 
@@ -47,7 +47,7 @@ def mlstm_initial_state(q, v):
 
 
 def quotient(num, den, m):
-    """h = num / max(|den|, 1), num (..., V), den, m (...): 1 is exp(-m) in units of the scaled memory."""
+    """h = num / max(|den|, 1), num (..., V), den, m (...): the 1 is exp(-m) in scaled units."""
     return num / (torch.maximum(den.abs(), torch.exp(-m)) + EPS)[..., None]
 
 
@@ -67,7 +67,7 @@ def mlstm_recurrent(q, k, v, i, f, state=None):
     for t in range(q.shape[2]):
         q_t, k_t, v_t, i_t = q[:, :, t], k[:, :, t], v[:, :, t], i[:, :, t]
         log_f = F.logsigmoid(f[:, :, t])                                    # (B, H)
-        # m_t = max(log f_t + m_{t-1}, i_t): the largest exponent in play, so no exp() below exceeds 1
+        # m_t = max(log f_t + m_{t-1}, i_t): the largest exponent in play, so no exp() exceeds 1
         m_new = torch.maximum(log_f + m, i_t).detach()                      # (B, H)
         forget, write = torch.exp(log_f + m - m_new), torch.exp(i_t - m_new)
         # C_t = f C_{t-1} + i k_t v_t^T,   n_t = f n_{t-1} + i k_t
@@ -158,8 +158,8 @@ def causal_conv(x, last, weight, bias):
 class MLSTMBlock(nn.Module):
     """Residual mLSTM block, x (B, T, D) -> (B, T, D). xLSTM, figure 11 (the one LRAM uses).
 
-    State: (C (B, H, K, K), n (B, H, K), m (B, H), conv (B, 3, E)), float32 for the first three: 4
-    (E^2/H + E + H) + 12 E bytes per row; at E = 2D and 4 heads the matrix alone holds D^2 numbers.
+    State: (C (B, H, K, K), n (B, H, K), m (B, H), conv (B, 3, E)), float32 for the first three:
+    4 (E^2/H + E + H) + 12 E bytes per row; at E = 2D and 4 heads the matrix alone is D^2 numbers.
     num_blocks: blocks in the whole backbone (scales the output initialisation).
     cell: the function that runs the recurrence, any with the signature of mlstm_chunkwise.
     """

@@ -1,7 +1,7 @@
 """sLSTM: an LSTM with exponential gates, a normaliser and head-wise recurrence, and its block.
 
-Source: xLSTM (Beck et al., 2024, arXiv 2405.04517), section 2.2 and appendix A.2. LRAM (arXiv
-2410.22391) places a few of these blocks among mLSTM blocks: xLSTM[7:1].
+Source: xLSTM (Beck et al., 2024, arXiv 2405.04517), section 2.2 and appendix A.2. LRAM
+(arXiv 2410.22391) places a few of these blocks among mLSTM blocks: xLSTM[7:1].
 
     python slstm.py      # checks the loop and its hand-written gradient and reports what it proved
 
@@ -11,15 +11,16 @@ time exists**: gate t needs y_{t-1}, which needs gate t-1, through a tanh and a 
 associative scan can reorder. What is parallel is the projection of all T inputs (one matrix
 product) and all heads and rows at once. So there are
 
-    slstm_recurrent     the loop, differentiated by PyTorch       the definition
-    slstm_scan          the same loop with its gradient by hand   training and acting: 2x fewer operations
+    slstm_recurrent   the loop, differentiated by PyTorch   the definition
+    slstm_scan        the same loop, gradient by hand       training and acting: 2x fewer operations
 
 Glossary (the same letters in every file of this project)
     B batch   T tokens   D model width   H heads   dh = D/H units of a head   P inner MLP width
     gates      (B, T, 4, H, dh): input part plus bias of i, f, z, o before activation, in this order
     R          (4, H, dh, dh), R[gate, head, out, in]: recurrent weights, a block for each head
-    i, f       input gate exp(i), forget gate sigmoid(f)   z, o cell input tanh(z), output gate sigmoid(o)
-    y          output, c cell, n normaliser, m stabiliser: (B, H, dh) each; c and n are scaled by exp(-m)
+    i, f       input gate exp(i), forget gate sigmoid(f)
+    z, o       cell input tanh(z), output gate sigmoid(o)
+    y          output, c cell, n normaliser, m stabiliser: (B, H, dh) each; c, n scaled by exp(-m)
 
 Not included: the exp forget gate, group-wise convolution options, GPU kernels (kernels.py).
 """
@@ -32,7 +33,7 @@ from torch import nn
 
 # ---------------------------------------------------------------------------------- the recurrence
 def slstm_initial_state(gates):
-    """y, c, n = 0 and m = -inf for gates (B, T, 4, H, dh): then the first token sets m = i exactly."""
+    """y, c, n = 0 and m = -inf for gates (B, T, 4, H, dh): then the first token sets m = i."""
     B, _, _, H, dh = gates.shape
     dtype = torch.promote_types(gates.dtype, torch.float32)
     zeros = torch.zeros(B, H, dh, dtype=dtype, device=gates.device)
@@ -67,7 +68,7 @@ def slstm_recurrent(gates, R, state=None):
 
 
 class _SLSTMScan(torch.autograd.Function):
-    """The loop of slstm_recurrent with few kernels a step, and backpropagation through time by hand.
+    """The loop of slstm_recurrent with few kernels a step, backpropagation through time by hand.
 
     Layout inside: heads first, (H, B, ...), so that the recurrent product of a step is one baddbmm
     with R as (H, dh, 4 dh).
@@ -99,7 +100,7 @@ class _SLSTMScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, dy, dc, dn, _):
-        """Exact gradient with m a constant (it cancels in y): the loop, differentiated line by line."""
+        """Exact gradient, m constant (it cancels in y): the loop differentiated line by line."""
         T, (W, *saved) = ctx.T, ctx.saved_tensors
         ys, cs, ns = (saved[j * (T + 1):(j + 1) * (T + 1)] for j in range(3))
         acts = saved[3 * (T + 1):]
