@@ -44,7 +44,7 @@ from eval import (DOMAINS, DarkRoom, constant_policy, is_available, make_env, ra
 
 DEFAULT_TASKS = ("darkroom/train", "darkroom/heldout", "metaworld/reach-v3", "metaworld/door-open-v3",
                  "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3", "metaworld/window-open-v3",
-                 "dmcontrol/cartpole-swingup", "atari/freeway")
+                 "dmcontrol/cartpole-balance", "atari/freeway")
 VALIDATION_FRACTION = 0.025
 # episode k of the data uses seed k; what a score is measured against has seeds of its own (scores: 1,000,000 + k)
 EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 500_000, 600_000, 700_000

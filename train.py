@@ -86,7 +86,7 @@ class Args:
     soft_sigma: float | None = None
     """Width in bins of a Gaussian over neighbouring bins as target of continuous actions; 0: one-hot (the paper)."""
     early_readout: bool | None = None
-    """Learn the action also from s_t, before R_t is seen (the paper: no). Acting still reads it at R_t."""
+    """With images, learn the action also from s_t, before R_t is seen (the paper: no); acting reads it at R_t."""
     standardise: bool | None = None
     """Observations minus their mean and over their deviation, per task and coordinate or pixel (the paper: no)."""
 
@@ -325,8 +325,8 @@ def main(args):
 
     # training: one straight loop
     spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
-    # where the action is learned: from R_t alone, or from every token from s_t on
-    readouts = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
+    # where the action is learned: from R_t alone, or with images from every token from s_t on
+    early = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
     tokens_seen, train_started, step = 0, time.perf_counter(), first_step
 
     def lap(key, since):
@@ -351,6 +351,7 @@ def main(args):
                 tokens_seen += mask.shape[0] * mask.shape[1] * len(config.tokens)
                 clock = lap("data", clock)
                 with autocast():
+                    readouts = early if inputs["obs"].dim() == 5 else 1
                     logits, _ = forward(**inputs, at=slice(-readouts, None))    # (B, C, readouts, ...)
                     parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
                 clock = lap("forward", clock)
