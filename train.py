@@ -1,21 +1,24 @@
 """Training: windows -> weights. One loop, top to bottom.
 
-    python train.py --backbone mlstm                    # makes a small four-domain data set, trains, scores
-    python train.py --backbone gpt                      # another backbone on the same data
-    python train.py --backbone mlstm --resume           # continue after an interruption, bit for bit on a CPU
-    python train.py --backbone mlstm --size 16m         # a size of the paper, with the paper's settings
+    python train.py --backbone mlstm               # makes a four-domain data set, trains, scores
+    python train.py --backbone gpt                 # another backbone on the same data
+    python train.py --backbone mlstm --resume      # after an interruption; bit for bit on a CPU
+    python train.py --backbone mlstm --size 16m    # a size of the paper, with its settings
 
-Source: LRAM (arXiv 2410.22391), section 4.1 and appendix C. Every update accumulates one micro-batch per domain,
-so that each domain counts the same; behaviour cloning with cross-entropy on discretised actions.
+Source: LRAM (arXiv 2410.22391), section 4.1 and appendix C. Every update accumulates one
+micro-batch per domain, so that each domain counts the same; behaviour cloning with cross-entropy on
+discretised actions.
 
-Settings that are not given follow from the size: those of the paper for its sizes, and for `tiny`, a size of our
-own, what reaches a working agent in minutes on a laptop (see SETTINGS; the differences are listed in README).
+Settings that are not given follow from the size: those of the paper for its sizes, and for `tiny`,
+a size of our own, what reaches a working agent in minutes on a laptop (see SETTINGS; README lists
+the differences).
 
 Not included: several GPUs, mixtures that weigh domains differently.
 """
 import dataclasses
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -35,22 +38,23 @@ from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, 
 
 # name: (for tiny, for the paper's sizes)
 SETTINGS = {
-    "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128), "image_batch_size": (8, 128), "steps": (1200, 33_333),
-    "lr": (2e-3, 1e-4), "warmup": (50, 667), "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0),
-    "early_readout": (True, False), "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
+    "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128),
+    "image_batch_size": (8, 128), "steps": (1200, 33_333), "lr": (2e-3, 1e-4), "warmup": (50, 667),
+    "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0), "early_readout": (True, False),
+    "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
 }
 
 
 @dataclass
 class Args:
-    """Train a recurrent action model on several domains at once and score it in its environments."""
+    """Train a recurrent action model on several domains at once and score it in them."""
     backbone: Literal["mlstm", "xlstm", "slstm", "mamba", "gpt"] = "mlstm"
     """Block family. xlstm mixes mLSTM and sLSTM blocks (see --slstm-at)."""
     size: Literal["tiny", "16m", "48m", "110m", "206m", "408m",
                   "16m-half", "48m-half", "110m-half", "206m-half"] = "tiny"
     """Width and depth; tiny trains on a laptop CPU in minutes, the others are the paper's."""
     name: str | None = None
-    """Folder below runs/ (default: backbone and size; a number is added rather than overwrite a run)."""
+    """Folder below runs/ (default: backbone and size, numbered rather than overwrite a run)."""
     resume: bool = False
     """Continue the run of this name from its last checkpoint."""
 
@@ -63,14 +67,14 @@ class Args:
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do with a malformed file: stop and name it, or name it and go on."""
     top_fraction: float = 1.0
-    """Train on this part of each task's trajectories, the best by return (0.05 for the paper's fine-tuning)."""
+    """Part of each task's trajectories to use, best returns first (paper's fine-tuning: 0.05)."""
 
     steps: int | None = None
     """Optimizer steps, each over one micro-batch of every domain."""
     context: int | None = None
     """C: environment steps per window (tokens: 3 C)."""
     image_context: int | None = None
-    """The same for domains with images, at most C: shorter windows show more different pictures for the same cost."""
+    """The same for domains with images, at most C: short windows show more different pictures."""
     batch_size: int | None = None
     """Windows per domain and step."""
     image_batch_size: int | None = None
@@ -84,11 +88,11 @@ class Args:
     weight_decay: float = 0.01
     """On matrices only."""
     soft_sigma: float | None = None
-    """Width in bins of a Gaussian over neighbouring bins as target of continuous actions; 0: one-hot (the paper)."""
+    """Width in bins of a Gaussian target over neighbouring bins; 0: one-hot (the paper)."""
     early_readout: bool | None = None
-    """With images, learn the action also from s_t, before R_t is seen (the paper: no); acting reads it at R_t."""
+    """With images, learn the action from s_t too (the paper: no); acting still reads it at R_t."""
     standardise: bool | None = None
-    """Observations minus their mean and over their deviation, per task and coordinate or pixel (the paper: no)."""
+    """Observations with mean 0 and deviation 1 per task, coordinate and pixel (the paper: no)."""
 
     layers: int | None = None
     """Blocks (default: by size)."""
@@ -99,7 +103,7 @@ class Args:
     dropout: float = 0.0
     """On residual branches (the paper's ablation: 0.1)."""
     tokens: str = "r,s,rtg"
-    """Tokens of a step, in this order, a part of a,r,s,rtg; a: the action before; s alone: behaviour cloning."""
+    """Tokens of a step, a part of a,r,s,rtg in this order; a: last action; s: behaviour cloning."""
     cnn: tuple[int, ...] | None = None
     """Channels of the three image stages."""
     init_from: Path | None = None
@@ -139,13 +143,15 @@ def resolve(args):
 def run_folder(args):
     """runs/<name>: a fresh one, or with --resume the newest that has a checkpoint."""
     base = args.name or (args.backbone if args.size == "tiny" else f"{args.backbone}-{args.size}")
-    number = lambda path: int(path.name[len(base) + 1:] or 1)
-    existing = sorted((p for p in Path("runs").glob(f"{base}*") if p.name == base
-                       or p.name[len(base):][:1] == "-" and p.name[len(base) + 1:].isdigit()), key=number)
+    number = lambda path: int(path.name[len(base) + 1:] or 1)               # "mlstm-3" -> 3
+    existing = [path for path in Path("runs").glob(f"{base}*")
+                if path.name == base or re.fullmatch(r"-\d+", path.name[len(base):])]
+    existing.sort(key=number)
     if args.resume:
         with_checkpoint = [p for p in existing if (p / "checkpoint.pt").exists()]
         if not with_checkpoint:
-            raise SystemExit(f"nothing to resume: runs/{base} holds no checkpoint; start without --resume")
+            raise SystemExit(f"nothing to resume: runs/{base} holds no checkpoint; "
+                             "start without --resume")
         return with_checkpoint[-1]
     folder = Path("runs") / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
     folder.mkdir(parents=True)
@@ -162,7 +168,8 @@ def resumed_args(args, saved):
         if field.name in free:
             saved[field.name] = given
         elif given != field.default and str(given) != str(saved.get(field.name)):
-            raise SystemExit(f"--{field.name.replace('_', '-')} {given} contradicts the run that is resumed "
+            flag = "--" + field.name.replace("_", "-")
+            raise SystemExit(f"{flag} {given} contradicts the run that is resumed "
                              f"({saved.get(field.name)}): leave it out, or start a new run with --name")
     return Args(**saved)
 
@@ -176,12 +183,13 @@ def learning_rate(step, args):
 
 
 def to_tensors(batch, config, device):
-    """A collated batch of data.py -> the arguments of LRAM.forward, the targets, their mask, all on the device."""
+    """A batch of data.collate -> arguments of LRAM.forward, targets and their mask, as tensors."""
     continuous = batch["action"].ndim == 3
     target = action_to_bin(batch["action"]) if continuous else batch["action"]
     last = None
     if "a" in config.tokens:
-        last = torch.as_tensor(np.where(batch["known"][..., None], action_rows(batch["previous"]), -1), device=device)
+        last = np.where(batch["known"][..., None], action_rows(batch["previous"]), -1)
+        last = torch.as_tensor(last, device=device)                         # (B, C, A)
     obs, reward, rtg, target, mask = (torch.as_tensor(x, device=device) for x in (
         batch["obs"], batch["reward"], batch["rtg"], target, batch["mask"]))
     inputs = dict(obs=obs, reward=reward, rtg=rtg, last_action=last,
@@ -189,33 +197,8 @@ def to_tensors(batch, config, device):
     return inputs, target, mask
 
 
-@torch.no_grad()
-def validate(model, mixture, args, device, autocast):
-    """Perplexity, exp(mean cross-entropy with hard targets), of each domain on its held-out trajectories."""
-    model.eval()
-    result = {}
-    for domain in mixture.domains:
-        total, count = 0.0, 0
-        for batch in mixture.validation_batches(domain, *window_shape(domain, mixture, args)):
-            inputs, target, mask = to_tensors(batch, model.config, device)
-            with autocast():
-                logits, _ = model(**inputs)
-            n = int(mask.sum())
-            total, count = total + action_loss(logits, target, mask).item() * n, count + n
-        if count:
-            result[domain] = math.exp(min(total / count, 30.0))
-    model.train()
-    return result
-
-
-def window_shape(domain, mixture, args):
-    """(windows per micro-batch, steps per window): fewer and shorter where observations are images."""
-    image = any(c["domain"] == domain and c["observation"]["kind"] == "image" for c in mixture.cards.values())
-    return (args.image_batch_size, args.image_context) if image else (args.batch_size, args.context)
-
-
 class Log:
-    """runs/<name>/log.jsonl: one JSON object per line; after a resume, lines past the checkpoint are dropped."""
+    """runs/<name>/log.jsonl, one JSON object per line; a resume drops lines past the checkpoint."""
 
     def __init__(self, path, step):
         self.path = path
@@ -251,7 +234,8 @@ def draw_curves(rows, path, title):
             width = max(1, len(y) // 60)        # a running mean, so that the trend shows
             if key == "loss" and len(y) >= width:
                 y = np.convolve(y, np.ones(width) / width, mode="valid")
-            axis.plot([r["step"] for r in points][-len(y):], y, label=domain, marker="." if len(y) < 20 else None)
+            axis.plot([r["step"] for r in points][-len(y):], y, label=domain,
+                      marker="." if len(y) < 20 else None)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(label)
         axis.set_yscale("log")
@@ -262,12 +246,173 @@ def draw_curves(rows, path, title):
     plt.close(figure)
 
 
+@dataclass
+class Run:
+    """What the functions below share."""
+    args: Args
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    mixture: data.Mixture
+    model: LRAM
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    log: Log
+
+    def autocast(self):
+        """Matrix products in self.dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def window_shape(self, domain):
+        """(windows, steps) of a micro-batch: other ones where observations are images."""
+        image = any(card["domain"] == domain and card["observation"]["kind"] == "image"
+                    for card in self.mixture.cards.values())
+        return ((self.args.image_batch_size, self.args.image_context) if image else
+                (self.args.batch_size, self.args.context))
+
+
+def save(run, step):
+    """Everything that a continuation needs, and the cards, so that eval.py needs nothing else."""
+    args = dataclasses.asdict(run.args)
+    args = {key: str(x) if isinstance(x, Path) else x for key, x in args.items()}
+    save_checkpoint(run.folder / "checkpoint.pt", {
+        "model": run.model.state_dict(), "model_config": dataclasses.asdict(run.model.config),
+        "cards": run.mixture.cards, "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "step": step, "rng": torch.get_rng_state(), "args": args,
+        "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
+
+
+@torch.no_grad()
+def validate(run):
+    """Perplexity, exp(mean cross-entropy with hard targets), by domain on held-out trajectories."""
+    run.model.eval()
+    result = {}
+    for domain in run.mixture.domains:
+        total, count = 0.0, 0
+        for batch in run.mixture.validation_batches(domain, *run.window_shape(domain)):
+            inputs, target, mask = to_tensors(batch, run.model.config, run.device)
+            with run.autocast():
+                logits, _ = run.model(**inputs)
+            n = int(mask.sum())
+            total, count = total + action_loss(logits, target, mask).item() * n, count + n
+        if count:
+            result[domain] = math.exp(min(total / count, 30.0))
+    run.model.train()
+    return result
+
+
+def measure(run, step):
+    """Validate, and where it is time score the agent in its environments; log and print."""
+    perplexity = validate(run)
+    mean = float(np.mean(list(perplexity.values()))) if perplexity else float("nan")
+    run.log.write(step=step, perplexity=perplexity, mean_perplexity=mean)
+    tqdm.write(f"step {step:>6}  validation perplexity {mean:6.2f}  ("
+               + ", ".join(f"{d} {p:.2f}" for d, p in perplexity.items()) + ")")
+    every = run.args.evaluate_every
+    if every and step % every == 0 and run.args.episodes != 0:
+        scores = evaluate(run.model, run.mixture.cards, run.args.episodes, quiet=True)
+        mean = scores.get("mean_over_domains", float("nan"))
+        run.log.write(step=step, mean_over_domains=mean, domains=scores.get("domains"))
+        tqdm.write(f"step {step:>6}  mean over domains {mean:.3f}")
+        run.model.train()
+
+
+def fit(run, first_step):
+    """The training loop; returns seconds and tokens, and prints where the time went if asked."""
+    args, config, device = run.args, run.model.config, run.device
+    forward = torch.compile(run.model) if args.compile else run.model
+    # where the action is learned: from R_t alone, or with images from every token from s_t on
+    early = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
+    spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+    tokens, started = 0, time.perf_counter()
+
+    def lap(key, since):
+        if args.profile and device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[key] += time.perf_counter() - since
+        return time.perf_counter()
+
+    run.model.train()
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", mininterval=0.5)
+    for step in range(first_step, args.steps):
+        if step % args.validate_every == 0:
+            measure(run, step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        losses = {}
+        for domain in run.mixture.domains:
+            clock = time.perf_counter()
+            batch = run.mixture.sample(domain, *run.window_shape(domain), args.seed, step)
+            inputs, target, mask = to_tensors(batch, config, device)
+            tokens += mask.shape[0] * mask.shape[1] * len(config.tokens)
+            clock = lap("data", clock)
+            with run.autocast():
+                readouts = early if inputs["obs"].dim() == 5 else 1
+                logits, _ = forward(**inputs, at=slice(-readouts, None))    # (B, C, readouts, ...)
+                parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
+            clock = lap("forward", clock)
+            run.scaler.scale(sum(parts) / len(run.mixture.domains)).backward()
+            losses[domain] = parts[-1].detach()
+            lap("backward", clock)
+        clock = time.perf_counter()
+        losses = {domain: loss.item() for domain, loss in losses.items()}
+        if not all(map(math.isfinite, losses.values())):
+            raise SystemExit(f"the loss is not finite at step {step} ({losses}); the last "
+                             f"checkpoint is untouched. Try a smaller --lr than {args.lr} or "
+                             f"--clip than {args.clip}")
+        run.scaler.unscale_(run.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.log.write(step=step, loss=losses, lr=learning_rate(step, args), norm=norm.item())
+        lap("optimizer", clock)
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix_str(" ".join(f"{d} {x:.2f}" for d, x in losses.items()), refresh=False)
+        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            save(run, step + 1)
+    bar.close()
+    seconds = time.perf_counter() - started
+    if first_step < args.steps:
+        measure(run, args.steps)
+        print(f"trained {args.steps - first_step} steps in {seconds:.0f} s: "
+              f"{tokens / seconds:,.0f} tokens per second")
+    if args.profile:
+        share = {key: value / max(sum(spent.values()), 1e-9) for key, value in spent.items()}
+        print("where the time went: " + ", ".join(f"{k} {v:.0%}" for k, v in share.items()))
+    return seconds
+
+
+def finish(run, started, data_seconds, train_seconds):
+    """Score the agent, write scores.json, say what was written and what to try next."""
+    folder, written = run.folder, ["checkpoint.pt", "config.json", "log.jsonl", "curves.png"]
+    draw_curves(run.log.rows, folder / "curves.png", f"{run.args.backbone} {run.args.size}")
+    if run.args.episodes != 0:
+        scores = evaluate(run.model, run.mixture.cards, run.args.episodes)
+        print("\n" + format_table(scores))
+        acting = Agent(run.model, next(iter(run.mixture.cards.values()))).context
+        scores.update(command="python " + shlex.join(sys.argv), seed=run.args.seed, context=acting,
+                      evaluation_seed=EVALUATION_SEED, torch=str(torch.__version__),
+                      parameters=count_parameters(run.model),
+                      seconds={"data": data_seconds, "train": train_seconds,
+                               "total": time.perf_counter() - started})
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
+        written.append("scores.json")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\nwrote {folder}/: {', '.join(written)}  ({minutes:.1f} minutes in all, of them data "
+          f"{data_seconds / 60:.1f}, training {train_seconds / 60:.1f})")
+    other = "gpt" if run.args.backbone != "gpt" else "mlstm"
+    task = next(iter(run.mixture.cards))
+    print(f"next: python eval.py --checkpoint {folder}/checkpoint.pt --tasks {task} "
+          f"--video it.gif\n      python train.py --backbone {other}")
+
+
 def main(args):
     """See the opening of this file."""
     started = time.perf_counter()
     folder = run_folder(args)
-    checkpoint = folder / "checkpoint.pt"
-    saved = load_checkpoint(checkpoint) if args.resume else None
+    saved = load_checkpoint(folder / "checkpoint.pt") if args.resume else None
     args = resolve(resumed_args(args, saved["args"]) if saved else args)
     device, dtype, reason = choose_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
@@ -278,15 +423,15 @@ def main(args):
     data_seconds = time.perf_counter() - started
 
     # model and optimizer
-    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads, slstm_at=args.slstm_at,
-                    context=args.context, tokens=tuple(args.tokens.split(",")), dropout=args.dropout, cnn=args.cnn,
-                    standardise=args.standardise)
+    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
+                    slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
+                    tokens=tuple(args.tokens.split(",")), standardise=args.standardise, cnn=args.cnn)
     model = LRAM(config).to(device)
     if args.init_from and not saved:
         model.load_state_dict(load_checkpoint(args.init_from)["model"])
-    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr,
+                                  betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     first_step = 0
     if saved:
         model.load_state_dict(saved["model"])
@@ -294,122 +439,23 @@ def main(args):
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         first_step = saved["step"]
-    forward = torch.compile(model) if args.compile else model
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
-    log = Log(folder / "log.jsonl", first_step)
+    run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
+              Log(folder / "log.jsonl", first_step))
 
-    print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, {config.layers} layers"
-          f"; device {reason}, {torch.get_num_threads()} threads")
-    print(f"{len(mixture.domains)} domains, {sum(map(len, mixture.train.values()))} trajectories for training, "
-          f"{sum(map(len, mixture.validation.values()))} held out; run {folder}"
-          + (f", resumed at step {first_step}" if saved else ""))
-
-    def save(step):
-        save_checkpoint(checkpoint, {
-            "model": model.state_dict(), "model_config": dataclasses.asdict(config), "cards": mixture.cards,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-            "rng": torch.get_rng_state(), "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
-            "args": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(args).items()}})
-
-    def measure(step):
-        perplexity = validate(model, mixture, args, device, autocast)
-        mean = float(np.mean(list(perplexity.values()))) if perplexity else float("nan")
-        log.write(step=step, perplexity=perplexity, mean_perplexity=mean)
-        tqdm.write(f"step {step:>6}  validation perplexity {mean:6.2f}  ("
-                   + ", ".join(f"{d} {p:.2f}" for d, p in perplexity.items()) + ")")
-        if args.evaluate_every and step % args.evaluate_every == 0 and args.episodes != 0:
-            scores = evaluate(model, mixture.cards, args.episodes, quiet=True)
-            log.write(step=step, mean_over_domains=scores.get("mean_over_domains"), domains=scores.get("domains"))
-            tqdm.write(f"step {step:>6}  mean over domains {scores.get('mean_over_domains', float('nan')):.3f}")
-            model.train()
-
-    # training: one straight loop
-    spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
-    # where the action is learned: from R_t alone, or with images from every token from s_t on
-    early = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
-    tokens_seen, train_started, step = 0, time.perf_counter(), first_step
-
-    def lap(key, since):
-        if args.profile and device.type == "cuda":
-            torch.cuda.synchronize()
-        spent[key] += time.perf_counter() - since
-        return time.perf_counter()
-
-    model.train()
-    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step")
+    print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
+          f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads")
+    training, held_out = (sum(map(len, x.values())) for x in (mixture.train, mixture.validation))
+    print(f"{len(mixture.domains)} domains, {training} trajectories for training, {held_out} held out; "
+          f"run {folder}" + (f", resumed at step {first_step}" if saved else ""))
     try:
-        for step in range(first_step, args.steps):
-            if step % args.validate_every == 0:
-                measure(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
-            losses = {}
-            for domain in mixture.domains:
-                clock = time.perf_counter()
-                batch = mixture.sample(domain, *window_shape(domain, mixture, args), args.seed, step)
-                inputs, target, mask = to_tensors(batch, config, device)
-                tokens_seen += mask.shape[0] * mask.shape[1] * len(config.tokens)
-                clock = lap("data", clock)
-                with autocast():
-                    readouts = early if inputs["obs"].dim() == 5 else 1
-                    logits, _ = forward(**inputs, at=slice(-readouts, None))    # (B, C, readouts, ...)
-                    parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
-                clock = lap("forward", clock)
-                scaler.scale(sum(parts) / len(mixture.domains)).backward()
-                losses[domain] = parts[-1].detach()
-                lap("backward", clock)
-            clock = time.perf_counter()
-            losses = {domain: loss.item() for domain, loss in losses.items()}
-            if not all(map(math.isfinite, losses.values())):
-                raise SystemExit(f"the loss is not finite at step {step} ({losses}); the last checkpoint is "
-                                 f"untouched. Try a smaller --lr than {args.lr} or --clip than {args.clip}")
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            log.write(step=step, loss=losses, lr=optimizer.param_groups[0]["lr"], gradient_norm=norm.item())
-            lap("optimizer", clock)
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix_str(" ".join(f"{d} {x:.2f}" for d, x in losses.items()))
-            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-                save(step + 1)
+        train_seconds = fit(run, first_step)
     except KeyboardInterrupt:
-        bar.close()
-        raise SystemExit(f"\ninterrupted at step {step}; continue from the last checkpoint with: python train.py "
-                         f"--backbone {args.backbone} --size {args.size} --name {folder.name} --resume") from None
-    bar.close()
-    train_seconds = time.perf_counter() - train_started
-    if first_step < args.steps:
-        measure(args.steps)
-    save(args.steps)
-    draw_curves(log.rows, folder / "curves.png", f"{args.backbone} {args.size}")
-    if train_seconds and tokens_seen:
-        print(f"trained {args.steps - first_step} steps in {train_seconds:.0f} s: "
-              f"{tokens_seen / train_seconds:,.0f} tokens per second")
-    if args.profile:
-        print("where the time went: " + ", ".join(f"{k} {v / sum(spent.values()):.0%}" for k, v in spent.items()))
-    finish(args, model, mixture, folder, started, data_seconds, train_seconds)
-
-
-def finish(args, model, mixture, folder, started, data_seconds, train_seconds):
-    """Score the agent in its environments, write scores.json, say what was written and what to try next."""
-    written = ["checkpoint.pt", "config.json", "log.jsonl", "curves.png"]
-    if args.episodes != 0:
-        scores = evaluate(model, mixture.cards, args.episodes)
-        print("\n" + format_table(scores))
-        scores.update(command="python " + shlex.join(sys.argv), seed=args.seed, evaluation_seed=EVALUATION_SEED,
-                      context=Agent(model, next(iter(mixture.cards.values()))).context,
-                      seconds={"data": data_seconds, "train": train_seconds,
-                               "total": time.perf_counter() - started})
-        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
-        written.append("scores.json")
-    print(f"\nwrote {folder}/: {', '.join(written)}  ({(time.perf_counter() - started) / 60:.1f} minutes in all, "
-          f"of them data {data_seconds / 60:.1f}, training {train_seconds / 60:.1f})")
-    other = "gpt" if args.backbone != "gpt" else "mlstm"
-    print(f"next: python eval.py --checkpoint {folder}/checkpoint.pt --tasks darkroom/heldout --video dark.gif\n"
-          f"      python train.py --backbone {other}")
+        raise SystemExit("\ninterrupted; continue from the last checkpoint with: python train.py "
+                         f"--backbone {args.backbone} --size {args.size} --name {folder.name} "
+                         "--resume") from None
+    save(run, args.steps)
+    finish(run, started, data_seconds, train_seconds)
 
 
 if __name__ == "__main__":
