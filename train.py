@@ -170,7 +170,7 @@ def resumed_args(args, saved):
         elif given != field.default and str(given) != str(saved.get(field.name)):
             flag = "--" + field.name.replace("_", "-")
             raise SystemExit(f"{flag} {given} contradicts the run that is resumed "
-                             f"({saved.get(field.name)}): leave it out, or start a new run with --name")
+                             f"({saved.get(field.name)}): leave it out, or start a new --name")
     return Args(**saved)
 
 
@@ -424,8 +424,8 @@ def main(args):
 
     # model and optimizer
     config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
-                    slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
-                    tokens=tuple(args.tokens.split(",")), standardise=args.standardise, cnn=args.cnn)
+                    slstm_at=args.slstm_at, context=args.context, cnn=args.cnn, dropout=args.dropout,
+                    tokens=tuple(args.tokens.split(",")), standardise=args.standardise)
     model = LRAM(config).to(device)
     if args.init_from and not saved:
         model.load_state_dict(load_checkpoint(args.init_from)["model"])
@@ -445,8 +445,8 @@ def main(args):
 
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
           f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads")
-    training, held_out = (sum(map(len, x.values())) for x in (mixture.train, mixture.validation))
-    print(f"{len(mixture.domains)} domains, {training} trajectories for training, {held_out} held out; "
+    kept, held = (sum(map(len, part.values())) for part in (mixture.train, mixture.validation))
+    print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for validation; "
           f"run {folder}" + (f", resumed at step {first_step}" if saved else ""))
     try:
         train_seconds = fit(run, first_step)
