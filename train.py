@@ -423,8 +423,8 @@ def main(args):
     data_seconds = time.perf_counter() - started
 
     # model and optimizer
-    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
-                    slstm_at=args.slstm_at, context=args.context, cnn=args.cnn, dropout=args.dropout,
+    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads, cnn=args.cnn,
+                    slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
                     tokens=tuple(args.tokens.split(",")), standardise=args.standardise)
     model = LRAM(config).to(device)
     if args.init_from and not saved:
@@ -446,8 +446,8 @@ def main(args):
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
           f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads")
     kept, held = (sum(map(len, part.values())) for part in (mixture.train, mixture.validation))
-    print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for validation; "
-          f"run {folder}" + (f", resumed at step {first_step}" if saved else ""))
+    print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for "
+          f"validation; run {folder}" + (f", resumed at step {first_step}" if saved else ""))
     try:
         train_seconds = fit(run, first_step)
     except KeyboardInterrupt:
