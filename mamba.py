@@ -79,32 +79,39 @@ class _SelectiveScanLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, h):
-        hs, y, x = [h], [], dt * u                                          # x (B, T, E)
-        for t in range(u.shape[1]):
-            decay = torch.exp(dt[:, t, :, None] * A)                        # (B, E, N)
-            h = torch.addcmul(decay * h, x[:, t, :, None], B[:, t, None, :])
-            y.append((h @ C[:, t, :, None])[..., 0])                        # (B, E)
+        hs, decays, y = [h], [], []
+        steps = (dt[..., None], (dt * u)[..., None], B[:, :, None], C[..., None])
+        steps = [z.unbind(1) for z in steps]                                # T views each
+        for dt_t, x_t, B_t, C_t in zip(*steps):
+            decay = torch.exp(dt_t * A)                                     # (B, E, N)
+            h = torch.addcmul(decay * h, x_t, B_t)
+            y.append(h @ C_t)                                               # (B, E, 1)
             hs.append(h)
-        ctx.save_for_backward(u, dt, A, B, C, D, *hs)
-        return torch.stack(y, dim=1) + D * u, h
+            decays.append(decay)
+        ctx.save_for_backward(u, dt, A, B, C, D, *decays, *hs)
+        return torch.cat(y, dim=-1).transpose(1, 2) + D * u, h
 
     @staticmethod
     def backward(ctx, dy, dh):
-        u, dt, A, B, C, D, *hs = ctx.saved_tensors
-        d_dt, dx, dB, dC = (torch.empty_like(z) for z in (dt, u, B, C))
-        dA = torch.zeros_like(A)
-        for t in reversed(range(u.shape[1])):
+        u, dt, A, B, C, D, *saved = ctx.saved_tensors
+        T = u.shape[1]
+        decays, hs = saved[:T], saved[T:]
+        dA, grads = torch.zeros_like(hs[0]), []
+        steps = (dy[..., None], dt[..., None], (dt * u)[:, :, None], B[..., None], C[:, :, None])
+        steps = [z.unbind(1) for z in steps]                                # T views each
+        for t, (dy_t, dt_t, x_t, B_t, C_t) in reversed(list(enumerate(zip(*steps)))):
             # y_t = C_t h_t: the state gets C_t dy_t on top of what comes back from t + 1
-            dC[:, t] = (dy[:, t, None, :] @ hs[t + 1])[:, 0]                # (B, N)
-            dh = torch.addcmul(dh, dy[:, t, :, None], C[:, t, None, :])     # (B, E, N)
+            dC = dy_t.transpose(1, 2) @ hs[t + 1]                           # (B, 1, N)
+            dh = torch.addcmul(dh, dy_t, C_t)                               # (B, E, N)
             # h_t = decay h_{t-1} + x_t B_t with x = dt u
-            dx[:, t] = (dh @ B[:, t, :, None])[..., 0]
-            dB[:, t] = ((dt[:, t] * u[:, t])[:, None, :] @ dh)[:, 0]
-            dh = dh * torch.exp(dt[:, t, :, None] * A)                      # through the decay
+            dx, dB = dh @ B_t, x_t @ dh                                     # (B, E, 1), (B, 1, N)
+            dh = dh * decays[t]                                             # through the decay
             d_log = dh * hs[t]                                              # gradient of dt A
-            d_dt[:, t] = (d_log * A).sum(-1)
-            dA += (d_log * dt[:, t, :, None]).sum(0)
-        return dx * dt + dy * D, d_dt + dx * u, dA, dB, dC, (dy * u).sum((0, 1)), dh
+            grads.append((dx[..., 0], (d_log * A).sum(-1), dB[:, 0], dC[:, 0]))
+            dA.addcmul_(d_log, dt_t)
+        dx, d_dt, dB, dC = (torch.stack(g[::-1], dim=1) for g in zip(*grads))
+        du, d_dt = dx * dt + dy * D, d_dt + dx * u
+        return du, d_dt, dA.sum(0), dB, dC, (dy * u).sum((0, 1)), dh
 
 
 def selective_scan_loop(u, dt, A, B, C, D, state=None):

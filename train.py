@@ -39,7 +39,7 @@ from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, 
 # name: (for tiny, for the paper's sizes)
 SETTINGS = {
     "context": (20, 50), "image_context": (10, 50), "batch_size": (12, 128),
-    "image_batch_size": (8, 128), "steps": (1200, 33_333), "lr": (2e-3, 1e-4), "warmup": (50, 667),
+    "image_batch_size": (8, 128), "steps": (1000, 33_333), "lr": (2e-3, 1e-4), "warmup": (50, 667),
     "clip": (1.0, 0.25), "soft_sigma": (3.0, 0.0), "early_readout": (True, False),
     "standardise": (True, False), "cnn": ((8, 16, 16), (16, 32, 32)),
 }
