@@ -23,9 +23,13 @@ Not included: simulator processes in parallel, rendering of MuJoCo without an Op
 """
 import difflib
 import importlib.util
+import io
 import json
+import multiprocessing
 import os
 import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -504,37 +508,71 @@ def format_table(summary):
     return "\n".join(lines)
 
 
-def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=False, **agent_options):
+def score_task(model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None):
+    """Play a model on one task: its returns, and those of the best constant action on the same seeds."""
+    from lram import Agent
+    seeds = [seed + k for k in range(episodes)]
+    play = partial(rollout, partial(make_env, task), seeds=seeds, num_envs=num_envs, keep_states=False)
+    agent = Agent(model, card, seed=seed, **agent_options)
+    played = list(play(partial(agent_policy, agent=agent), advance=advance))
+    result = {"returns": [float(e.rewards.sum()) for e in played], "card": card,
+              "success": float(np.mean([e.success for e in played]))}
+    if card.get("constant"):            # what a policy that ignores the observation can reach
+        action = card["constant"]["action"]
+        returns = [e.rewards.sum() for e in play(partial(constant_policy, action=action))]
+        result["constant"] = {"action": action, "mean_return": float(np.mean(returns))}
+    return result
+
+
+def _score_in_worker(weights, config, *args):
+    """score_task in a process of its own, on one thread."""
+    import torch
+    from lram import LRAM
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    model = LRAM(config)
+    model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
+    return score_task(model, *args)
+
+
+def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=False, processes=None,
+             **agent_options):
     """Score a model on the tasks of cards ({task: card}); returns the content of scores.json.
 
-    agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is missing is
-    named and left out.
+    agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is
+    missing is named and left out. processes: tasks played side by side, one thread each (default: as
+    many as there are cores where the model is on the CPU and the work is worth starting processes).
     """
+    import torch
     from tqdm import tqdm
-    from lram import Agent
-    results = {}
-    counts = {task: episodes or split_task(task)[0].episodes for task in cards if not is_available(task)}
+    counts = {t: episodes or split_task(t)[0].episodes for t in cards if not is_available(t)}
     for task in cards.keys() - counts.keys():
         print(f"{task} left out: its simulator is not installed ({is_available(task)})", file=sys.stderr)
-    total = sum(n * split_task(task)[0].steps for task, n in counts.items())
-    with tqdm(total=total, desc="evaluate", unit="step", unit_scale=True, disable=quiet, leave=False,
-              mininterval=0.5) as bar:
-        for task, n in counts.items():
-            bar.set_postfix_str(task)
-            card = cards[task]
-            agent = Agent(model, card, seed=seed, **agent_options)
-            done = list(rollout(partial(make_env, task), partial(agent_policy, agent=agent),
-                                [seed + k for k in range(n)], num_envs, keep_states=False,
-                                advance=bar.update))
-            if card.get("constant"):        # what ignoring the observation gives, on the same seeds
-                fixed = rollout(partial(make_env, task), partial(constant_policy, action=card["constant"]["action"]),
-                                [seed + k for k in range(n)], num_envs, keep_states=False)
-                constant = {"action": card["constant"]["action"],
-                            "mean_return": float(np.mean([e.rewards.sum() for e in fixed]))}
-            else:
-                constant = None
-            results[task] = {"returns": [float(e.rewards.sum()) for e in done], "card": card, "constant": constant,
-                             "success": float(np.mean([e.success for e in done]))}
+    cost = {task: n * split_task(task)[0].steps for task, n in counts.items()}
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    worth = on_cpu and len(counts) > 1 and sum(cost.values()) > 20_000
+    processes = processes or (min(os.cpu_count() or 1, 8) if worth else 1)
+    results = dict.fromkeys(counts)
+    with tqdm(total=sum(cost.values()), desc="evaluate", unit="step", unit_scale=True, disable=quiet,
+              leave=False, mininterval=0.5) as bar:
+        if processes == 1:
+            for task, n in counts.items():
+                bar.set_postfix_str(task)
+                results[task] = score_task(model, task, cards[task], n, seed, num_envs, agent_options,
+                                           bar.update)
+            return summarise(results)
+        weights = io.BytesIO()
+        torch.save(model.state_dict(), weights)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            longest_first = sorted(counts, key=cost.get, reverse=True)
+            futures = {pool.submit(_score_in_worker, weights.getvalue(), model.config, task, cards[task],
+                                   counts[task], seed, num_envs, agent_options): task
+                       for task in longest_first}
+            for future in as_completed(futures):
+                task = futures[future]
+                results[task] = future.result()
+                bar.set_postfix_str(task)
+                bar.update(cost[task])
     return summarise(results)
 
 
@@ -583,6 +621,8 @@ class Args:
     """Return to ask for, in raw reward (default: each task's own, the maximum in its data)."""
     num_envs: int = 20
     """Environments stepped together."""
+    processes: int | None = None
+    """Tasks played side by side on a CPU (default: one per core)."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     output: Path | None = None
@@ -670,7 +710,8 @@ def main(args):
     if args.video:
         task = next(iter(cards))
         return record_video(Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed)
-    summary = evaluate(model, cards, args.episodes, args.seed, args.num_envs, **options)
+    summary = evaluate(model, cards, args.episodes, args.seed, args.num_envs, processes=args.processes,
+                       **options)
     print(format_table(summary))
     if args.output:
         args.output.write_text(json.dumps(summary, indent=1))
