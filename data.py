@@ -1,20 +1,22 @@
-"""Trajectories: experts -> HDF5 files -> windows for training; as a program it makes, checks and shows them.
+"""Trajectories: experts -> HDF5 files -> windows for training; as a program it makes, checks and
+shows them.
 
     python data.py make                             # the default mixture, into datasets/ (about a minute)
     python data.py make metaworld/push-v3 --episodes 50
     python data.py check datasets                   # every file read and validated; exit code 1 names the faults
     python data.py info datasets                    # counts, lengths, returns, action statistics
 
-Layout, that of the public LRAM data sets: one file per trajectory, <root>/<domain>/<task>/<episode>.hdf5, with
+Layout, that of the public LRAM data sets: one file per trajectory,
+<root>/<domain>/<task>/<episode>.hdf5, with
 
     states    (T, S) float32 or (T, 1, 64, 64) uint8        actions   (T,) int or (T, A) float32 in [-1, 1]
     rewards   (T,) float32                                  dones     (T,) bool, true at an end of the task
     returns_to_go (T,) float32, optional: sum of rewards from t on, unscaled; computed when absent
 
-and beside them episode_lengths.json and episode_returns.json ({episode: number}: no file is opened to plan a
-training run) and task.json, the card of the task. `actions` are what the expert asked for (clean labels); what
-was executed had noise on it, so that the data show how to recover. A lost life ends a trajectory in Atari, whose
-rewards are stored clipped to [-1, 1].
+and beside them episode_lengths.json and episode_returns.json ({episode: number}: no file is opened
+to plan a training run) and task.json, the card of the task. `actions` are what the expert asked for
+(clean labels); what was executed had noise on it, so that the data show how to recover. A lost life
+ends a trajectory in Atari, whose rewards are stored clipped to [-1, 1].
 
 Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
 Not included: packed files, converters from other data sets, training data larger than one machine.
@@ -46,13 +48,14 @@ DEFAULT_TASKS = ("darkroom/train", "darkroom/heldout", "metaworld/reach-v3", "me
                  "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3", "metaworld/window-open-v3",
                  "dmcontrol/cartpole-balance", "atari/freeway")
 VALIDATION_FRACTION = 0.025
-# episode k of the data uses seed k; what a score is measured against has seeds of its own (scores: 1,000,000 + k)
+# episode k of the data uses seed k; what a score is measured against has seeds of its own (scores:
+# 1,000,000 + k)
 EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 500_000, 600_000, 700_000
 
 
-# ------------------------------------------------------------------------------------------------ experts
-# An expert lives for one episode: policy = Expert(env), then policy(obs, reward) -> action, where reward is what the
-# previous action earned (0.0 at first).
+# ----------------------------------------------------------------------------------------- experts
+# An expert lives for one episode: policy = Expert(env), then policy(obs, reward) -> action, where
+# reward is what the previous action earned (0.0 at first).
 class MetaWorldExpert:
     """The scripted policy that Meta-World ships for the task: obs (39,) -> action (4,) float32."""
 
@@ -274,10 +277,12 @@ class BreakoutExpert:
         return RIGHT if error > self.TOLERANCE else LEFT if error < -self.TOLERANCE else NOOP
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# ----------------------------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class Recipe:
-    """How the data of a task are made: whose actions, how many episodes, how much noise in their execution."""
+    """How the data of a task are made: whose actions, how many episodes, how much noise in their
+    execution.
+    """
     expert: Callable                # expert(env) -> policy(obs, reward) -> action
     episodes: int = 30
     sigma: float = 0.3              # largest noise; a quarter of the episodes has none
@@ -324,9 +329,9 @@ def expert_policy(envs, expert):
 class NoisyActions(gym.ActionWrapper):
     """Executes a noisy copy of each action, so that data also show how to recover from mistakes.
 
-    Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a uniformly random
-    action instead. sigma is 0 in a quarter of the episodes, else uniform up to sigma_max; noise and sigma follow
-    from reset's seed alone.
+    Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a
+    uniformly random action instead. sigma is 0 in a quarter of the episodes, else uniform up to
+    sigma_max; noise and sigma follow from reset's seed alone.
     """
 
     def __init__(self, env, sigma_max):
@@ -334,7 +339,7 @@ class NoisyActions(gym.ActionWrapper):
         self.sigma_max = sigma_max
 
     def reset(self, *, seed=None, options=None):
-        self.rng = np.random.default_rng([seed, 1])             # [., 1]: not the stream of the world
+        self.rng = np.random.default_rng([seed, 1])  # [., 1]: not the stream of the world
         self.sigma = self.rng.uniform(0, self.sigma_max) * (self.rng.random() > 0.25)
         return self.env.reset(seed=seed, options=options)
 
@@ -347,7 +352,7 @@ class NoisyActions(gym.ActionWrapper):
         return np.clip(action + noise, -1, 1).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------ writing files
+# ----------------------------------------------------------------------------------- writing files
 def write_json(path, content):
     """Atomically."""
     temporary = Path(f"{path}.tmp")
@@ -361,7 +366,8 @@ def write_trajectory(path, states, actions, rewards, terminated):
     images = states.dtype == np.uint8
     try:
         with h5py.File(temporary, "w") as f:
-            # one chunk is about one window; level 1 of gzip halves the time of higher ones at nearly their size
+            # one chunk is about one window; level 1 of gzip halves the time of higher ones at
+            # nearly their size
             layout = dict(compression="gzip", compression_opts=1,
                           chunks=(min(50, len(states)), *states.shape[1:])) if images else {}
             f.create_dataset("states", data=states, **layout)
@@ -385,13 +391,16 @@ def split_lives(episode):
 
 
 def _make_episodes(task, folder, seeds):
-    """Worker: play the expert on seeds and write a file per trajectory; a seed's files appear together."""
+    """Worker: play the expert on seeds and write a file per trajectory; a seed's files appear
+    together.
+    """
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
     make = lambda: NoisyActions(make_env(task), recipe.sigma)
     for episode in rollout(make, partial(expert_policy, expert=recipe.expert), seeds, num_envs=1):
         rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
         pieces = split_lives(episode)
-        for life, (a, b) in reversed(list(enumerate(pieces))):      # life 0 last: it marks the seed as done
+        # life 0 last: it marks the seed as done
+        for life, (a, b) in reversed(list(enumerate(pieces))):
             path = Path(folder) / (f"{episode.seed:06d}.hdf5" if life == 0 else f"{episode.seed:06d}-{life}.hdf5")
             end = episode.terminated or life + 1 < len(pieces)
             write_trajectory(path, episode.states[a:b], episode.actions[a:b], rewards[a:b], end)
@@ -399,7 +408,9 @@ def _make_episodes(task, folder, seeds):
 
 
 def _measure(task, who, seeds):
-    """Worker: mean returns of the expert without noise, the random policy or a constant action (int)."""
+    """Worker: mean returns of the expert without noise, the random policy or a constant action
+    (int).
+    """
     policy = {"expert": partial(expert_policy, expert=recipe_of(task).expert), "random": random_policy}.get(
         who, partial(constant_policy, action=who))
     done = rollout(partial(make_env, task), policy, seeds, num_envs=4, keep_states=False)
@@ -409,8 +420,8 @@ def _measure(task, who, seeds):
 def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
-    episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes being
-    played: the next call continues. Tasks whose simulator is missing are named and left out.
+    episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes
+    being played: the next call continues. Tasks whose simulator is missing are named and left out.
     """
     from tqdm import tqdm
     root, present, plans = Path(root), [], {}
@@ -426,7 +437,8 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]
     if not jobs:
         return present
-    # few more than one process per core would only take turns; long jobs first, so that none runs alone at the end
+    # few more than one process per core would only take turns; long jobs first, so that none runs
+    # alone at the end
     processes = processes or min(os.cpu_count() or 1, 8)
     jobs.sort(key=lambda job: job[1].startswith("atari"), reverse=True)
     measured = {task: {} for task in plans}
@@ -463,7 +475,7 @@ def _plan(task, folder, episodes):
     folder.mkdir(parents=True, exist_ok=True)
     recipe, domain = recipe_of(task), split_task(task)[0]
     heldout = task.split("/")[1] in domain.heldout
-    wanted = 0 if heldout else (episodes or recipe.episodes)        # held out: scored, never trained on
+    wanted = 0 if heldout else (episodes or recipe.episodes)  # held out: scored, never trained on
     seeds = [s for s in range(wanted) if not (folder / f"{s:06d}.hdf5").exists()]
     if not seeds and (folder / "task.json").exists():
         return []
@@ -510,7 +522,7 @@ def _finish_task(task, folder, measured):
     if constants:
         best = max(constants, key=constants.get)
         card["constant"] = {"action": best, "mean_return": float(constants[best])}
-    if not count:                       # held out and without data: read as its domain's first training task
+    if not count:  # held out and without data: read as its domain's first training task
         sibling = folder.parent / domain.tasks[0] / "task.json"
         if not sibling.exists():
             raise SystemExit(f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it")
@@ -525,14 +537,16 @@ def _finish_task(task, folder, measured):
     write_json(folder / "task.json", card)
 
 
-# ------------------------------------------------------------------------------------------ reading files
+# ----------------------------------------------------------------------------------- reading files
 class BadTrajectory(ValueError):
     """A file that must not be trained on; the message names path and reason."""
 
 
 @dataclass
 class Trajectory:
-    """One validated trajectory; images stay on disk and are sliced there, everything else is in memory."""
+    """One validated trajectory; images stay on disk and are sliced there, everything else is in
+    memory.
+    """
     states: np.ndarray | h5py.Dataset       # (T, S) float32 or (T, 1, 64, 64) uint8
     actions: np.ndarray                     # (T,) int64 or (T, A) float32
     rewards: np.ndarray                     # (T,) float32
@@ -541,7 +555,9 @@ class Trajectory:
 
 
 def open_trajectory(path, card=None):
-    """Read and validate one file (against its task's card, if given). Raises BadTrajectory with path and reason."""
+    """Read and validate one file (against its task's card, if given). Raises BadTrajectory with
+    path and reason.
+    """
     bad = lambda reason: BadTrajectory(f"{path}: {reason}")
     try:
         f = h5py.File(path, "r")
@@ -594,7 +610,8 @@ def _check_values(bad, states, actions, rewards, image, card):
         raise bad(f"actions have {actions.shape[1]} dimensions, but the card says {card['action']['dims']}")
     if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
         raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
-    shape = (1, *states.shape[2:]) if image and states.shape[1] == 3 else states.shape[1:]      # RGB becomes gray
+    # RGB becomes gray
+    shape = (1, *states.shape[2:]) if image and states.shape[1] == 3 else states.shape[1:]
     if card and tuple(shape) != tuple(card["observation"]["shape"]):
         raise bad(f"states are {states.shape[1:]} each, but the card says {tuple(card['observation']['shape'])}")
 
@@ -619,7 +636,9 @@ def load_card(folder):
 
 
 def load_lengths(folder):
-    """{episode: steps} from the index, so that no trajectory is opened; read from the files where there is none."""
+    """{episode: steps} from the index, so that no trajectory is opened; read from the files where
+    there is none.
+    """
     index, folder = Path(folder) / "episode_lengths.json", Path(folder)
     if index.exists():
         return json.loads(index.read_text())
@@ -629,13 +648,15 @@ def load_lengths(folder):
     return lengths
 
 
-# ----------------------------------------------------------------------------------------------- windows
+# ----------------------------------------------------------------------------------------- windows
 class Mixture:
-    """The trajectories of several tasks, as random windows for training and fixed ones for validation.
+    """The trajectories of several tasks, as random windows for training and fixed ones for
+    validation.
 
-    Batches come from one domain at a time. Every batch follows from (seed, step, domain) alone, so a run that
-    is resumed at a step sees what it would have seen. on_bad: "refuse" stops at a malformed file, "skip" names
-    it once and goes on without it. At most `open_files` trajectories are held open.
+    Batches come from one domain at a time. Every batch follows from (seed, step, domain) alone, so
+    a run that is resumed at a step sees what it would have seen. on_bad: "refuse" stops at a
+    malformed file, "skip" names it once and goes on without it. At most `open_files` trajectories
+    are held open.
     """
 
     def __init__(self, root, tasks, standardise=False, on_bad="refuse", top_fraction=1.0,
@@ -667,7 +688,9 @@ class Mixture:
         self.weights = {d: np.array([n for _, _, n in rows], np.float64) for d, rows in self.train.items()}
 
     def get(self, task, stem):
-        """The trajectory, validated at its first use and kept open; None if it is bad and on_bad is "skip"."""
+        """The trajectory, validated at its first use and kept open; None if it is bad and on_bad is
+        "skip".
+        """
         path = self.root / task / f"{stem}.hdf5"
         if path in self.cache:
             self.cache.move_to_end(path)
@@ -691,10 +714,11 @@ class Mixture:
         return trajectory
 
     def window(self, task, stem, start, context):
-        """Steps start to start + context of a trajectory as the model reads them; None if the file is bad.
+        """Steps start to start + context of a trajectory as the model reads them; None if the file
+        is bad.
 
-        reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale; previous is the
-        action before, with `known` false where there is none.
+        reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale;
+        previous is the action before, with `known` false where there is none.
         """
         from lram import prepare_states
         trajectory, card = self.get(task, stem), self.cards[task]
@@ -720,7 +744,9 @@ class Mixture:
                 "previous": shifted(trajectory.actions), "known": known}
 
     def sample(self, domain, batch_size, context, seed, step):
-        """A batch of random windows, see collate: trajectories in proportion to length, then any start."""
+        """A batch of random windows, see collate: trajectories in proportion to length, then any
+        start.
+        """
         rng = np.random.default_rng([seed, step, self.domains.index(domain)])
         rows, weights = self.train[domain], self.weights[domain]
         windows, tries = [], 0
@@ -737,7 +763,9 @@ class Mixture:
         return collate(windows, context)
 
     def validation_batches(self, domain, batch_size, context, max_windows=96):
-        """The held-out trajectories cut into consecutive windows, evenly thinned to at most max_windows."""
+        """The held-out trajectories cut into consecutive windows, evenly thinned to at most
+        max_windows.
+        """
         cuts = [(task, stem, start) for task, stem, length in self.validation.get(domain, [])
                 for start in range(0, length, context)]
         keep = np.unique(np.linspace(0, len(cuts) - 1, min(max_windows, len(cuts))).astype(int))
@@ -749,8 +777,9 @@ class Mixture:
 def collate(windows, context):
     """Windows of at most C steps -> one batch of arrays, padded with zeros on the right.
 
-    obs (B, C, S or 1, 64, 64), reward, rtg (B, C), action and previous (B, C) int or (B, C, A) float, known
-    (B, C), mask (B, C) or (B, C, A): true on real steps, and on the dimensions that a task really has.
+    obs (B, C, S or 1, 64, 64), reward, rtg (B, C), action and previous (B, C) int or (B, C, A)
+    float, known (B, C), mask (B, C) or (B, C, A): true on real steps, and on the dimensions that a
+    task really has.
     """
     def stack(key):
         width = np.max([w[key].shape[1:] for w in windows], axis=0).astype(int)
@@ -767,7 +796,7 @@ def collate(windows, context):
     return {key: stack(key) for key in ("obs", "reward", "rtg", "action", "previous", "known", "mask")}
 
 
-# ----------------------------------------------------------------------------------------------- program
+# ----------------------------------------------------------------------------------------- program
 def task_folders(path):
     """All folders below path that hold trajectories."""
     return sorted({p.parent for p in Path(path).rglob("*.hdf5")})
@@ -781,7 +810,7 @@ def check(path):
         card = load_card(file.parent) if (file.parent / "task.json").exists() else None
         try:
             trajectory = open_trajectory(file, card)
-            trajectory.states[:]                                    # images: decompress everything once
+            trajectory.states[:]  # images: decompress everything once
             if trajectory.file:
                 trajectory.file.close()
         except (BadTrajectory, OSError) as error:
@@ -802,7 +831,8 @@ def info(path):
             lengths.append(len(t.rewards))
             returns.append(t.rewards.sum())
             a = t.actions
-            # Table 7 of the paper: mean squared difference, or how often it changes where actions are discrete
+            # Table 7 of the paper: mean squared difference, or how often it changes where actions
+            # are discrete
             differ.append((np.mean((a[1:] - a[:-1]) ** 2) if a.ndim == 2 else np.mean(a[1:] != a[:-1]))
                           if len(a) > 1 else 0.0)
         spread = f"{np.mean(returns):.1f} ({np.min(returns):.1f} to {np.max(returns):.1f})"

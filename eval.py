@@ -1,23 +1,26 @@
-"""The worlds: task table, environments, one rollout loop, scores; as a program, it scores a checkpoint.
+"""The worlds: task table, environments, one rollout loop, scores; as a program, it scores a
+checkpoint.
 
     python eval.py --checkpoint runs/mlstm/checkpoint.pt                # needs nothing but the checkpoint
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --episodes 50 --video reach.gif
     python eval.py --list                                              # every task, and what is missing for it
 
-Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl, Atari (ALE),
-Dark-Room (Laskin et al., 2022). Each world keeps one contract:
+Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl,
+Atari (ALE), Dark-Room (Laskin et al., 2022). Each world keeps one contract:
 
     observation    float32 vector (S,) with S <= 204, or a gray uint8 image (1, 64, 64)
     action         Discrete(n <= 18), or Box(-1, 1) of at most 8 dimensions
     reset(seed=s)  alone determines the episode, also when one instance is reset thousands of times
     end            out of time is `truncated`; `terminated` is an end of the task itself
 
-Scores are normalised: 0 is the random policy, 1 the mean of the reference (the expert that made the data),
+Scores are normalised: 0 is the random policy, 1 the mean of the reference (the expert that made the
+data),
 
     score = (return - random) / (reference - random)
 
-averaged over episodes, then over the tasks of a domain, then over domains, so that each counts the same. The
-interval is a 95 % bootstrap, stratified: episodes are redrawn within their task (Agarwal et al., 2021, rliable).
+averaged over episodes, then over the tasks of a domain, then over domains, so that each counts the
+same. The interval is a 95 % bootstrap, stratified: episodes are redrawn within their task (Agarwal
+et al., 2021, rliable).
 
 Not included: simulator processes in parallel, rendering of MuJoCo without an OpenGL library.
 """
@@ -39,13 +42,14 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-EVALUATION_SEED = 1_000_000     # episodes k = 0, 1, ... of a score use seed 1,000,000 + k: never used for data
+# episodes k = 0, 1, ... of a score use seed 1,000,000 + k: never used for data
+EVALUATION_SEED = 1_000_000
 METAWORLD_STEPS = 200          # the paper's limit; the simulator's own is 500
 DMCONTROL_STEPS = 1000         # every task of the suite's benchmarking set lasts this long
 ATARI_STEPS = 27_000           # decisions of 4 frames: 30 minutes of play, the literature's limit
 
 
-# ------------------------------------------------------------------------------------------------ Meta-World
+# -------------------------------------------------------------------------------------- Meta-World
 class MetaWorld(gym.Env):
     """One Meta-World v3 task with the goal visible, as in MT1, but with unlimited goals.
 
@@ -102,7 +106,7 @@ def make_metaworld(name, render=False):
     return gym.wrappers.TimeLimit(env, METAWORLD_STEPS)
 
 
-# ------------------------------------------------------------------------------------------------- DMControl
+# --------------------------------------------------------------------------------------- DMControl
 class DMControl(gym.Env):
     """One task of the DeepMind Control Suite: flat float32 observation, action Box(-1, 1).
 
@@ -178,7 +182,7 @@ def check_mujoco_gl(render):
             "CPU; apt-get install libegl1), osmesa (CPU; libosmesa6) or glfw (a desktop).")
 
 
-# ------------------------------------------------------------------------------------------------- Dark-Room
+# --------------------------------------------------------------------------------------- Dark-Room
 class DarkRoom(gym.Env):
     """A 10 x 10 room without light: one hidden cell pays +1 on each step that ends on it.
 
@@ -235,7 +239,7 @@ def make_darkroom(split, render=False):
     return DarkRoom(split, render_mode="rgb_array" if render else None)
 
 
-# ---------------------------------------------------------------------------------------------------- Atari
+# ------------------------------------------------------------------------------------------- Atari
 class InstantStart(gym.Wrapper):
     """Resets an ALE game by restoring its first moment instead of loading its ROM again.
 
@@ -293,18 +297,22 @@ def make_atari(game, render=False):
     return gym.wrappers.TimeLimit(ChannelFirst(env), ATARI_STEPS)
 
 
-# ----------------------------------------------------------------------------------------------- task table
+# -------------------------------------------------------------------------------------- task table
 @dataclass(frozen=True)
 class Domain:
-    """One row: how to make its tasks, what to install, how rewards are read, how many episodes score a task."""
+    """One row: how to make its tasks, what to install, how rewards are read, how many episodes
+    score a task.
+    """
     make: Callable                      # (task name, render) -> gymnasium.Env
     package: str                        # what `import` needs
     install: str                        # what pip needs
-    tasks: tuple                        # trained on by default recipes; others of the package can be named too
+    tasks: tuple  # trained on by default recipes; others of the package can be named too
     heldout: tuple = ()                 # never trained on
-    reward_scale: float = 1.0           # rewards and returns-to-go are divided by it (SPEC: the paper's values)
-    clip_rewards: bool = False          # the model sees rewards clipped to [-1, 1]; scores use raw ones
-    constant_rtg: float | None = None   # a return-to-go that never falls, where the true one names the goal
+    # rewards and returns-to-go are divided by it (SPEC: the paper's values)
+    reward_scale: float = 1.0
+    clip_rewards: bool = False  # the model sees rewards clipped to [-1, 1]; scores use raw ones
+    # a return-to-go that never falls, where the true one names the goal
+    constant_rtg: float | None = None
     episodes: int = 20                  # per task, for a score
     steps: int = 200                    # of a typical episode, for progress bars
 
@@ -330,7 +338,9 @@ def all_tasks():
 
 
 def split_task(task):
-    """ "metaworld/reach-v3" -> (Domain, "reach-v3"); a name that cannot be is answered with the nearest one."""
+    """ "metaworld/reach-v3" -> (Domain, "reach-v3"); a name that cannot be is answered with the
+    nearest one.
+    """
     domain, _, name = task.partition("/")
     if domain in DOMAINS and name:
         return DOMAINS[domain], name
@@ -347,7 +357,9 @@ def is_available(task):
 
 
 def make_env(task, render=False):
-    """The environment of "domain/task"; SystemExit with what to do when it does not exist or is not installed."""
+    """The environment of "domain/task"; SystemExit with what to do when it does not exist or is not
+    installed.
+    """
     domain, name = split_task(task)
     missing = is_available(task)
     if missing:
@@ -358,7 +370,7 @@ def make_env(task, render=False):
         raise SystemExit(f"{task}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------- rollout loop
+# ------------------------------------------------------------------------------------ rollout loop
 @dataclass
 class Episode:
     """One finished episode of T steps: what the policy saw, asked for and got."""
@@ -374,9 +386,10 @@ class Episode:
 def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lambda steps: None):
     """Play one episode per seed, num_envs at a time in lockstep; yields each Episode as it ends.
 
-    make() -> gymnasium.Env. make_policy(envs) -> act(obs, reward, done) -> actions, all with a leading batch
-    axis: reward is that of the step before, done marks the rows whose episode has just begun. The one loop for
-    experts, random policies and trained agents. advance(steps) is called for progress.
+    make() -> gymnasium.Env. make_policy(envs) -> act(obs, reward, done) -> actions, all with a
+    leading batch axis: reward is that of the step before, done marks the rows whose episode has
+    just begun. The one loop for experts, random policies and trained agents. advance(steps) is
+    called for progress.
     """
     n, queue = min(num_envs, len(seeds)), list(seeds)
     envs = SyncVectorEnv([make] * n, autoreset_mode=AutoresetMode.DISABLED)
@@ -398,7 +411,8 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
             for row in np.flatnonzero(done & active):
                 yield _episode(row_seeds[row], logs[row], bool(terminated[row]), keep_states)
                 logs[row] = []
-                # the row goes on with the next seed; with none left it idles until the others are done
+                # the row goes on with the next seed; with none left it idles until the others are
+                # done
                 active[row] = bool(queue)
                 row_seeds[row] = queue.pop(0) if queue else row_seeds[row]
             if done.any() and active.any():
@@ -432,7 +446,7 @@ def agent_policy(envs, agent):
     return agent.act
 
 
-# ---------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------ scores
 def normalise(returns, card):
     """Raw returns -> score: 0 the random policy, 1 the reference."""
     span = card["reference_score"] - card["random_score"]
@@ -440,7 +454,9 @@ def normalise(returns, card):
 
 
 def bootstrap_interval(groups, statistic, draws=2000, seed=0):
-    """95 % interval of statistic(groups), groups a list of arrays, each redrawn within itself (stratified)."""
+    """95 % interval of statistic(groups), groups a list of arrays, each redrawn within itself
+    (stratified).
+    """
     rng = np.random.default_rng(seed)
     values = [statistic([rng.choice(g, len(g)) for g in groups]) for _ in range(draws)]
     return [float(x) for x in np.percentile(values, [2.5, 97.5])]
@@ -455,14 +471,18 @@ def mean_over_domains(groups, domains):
 
 
 def interquartile_mean(groups):
-    """Mean of the middle half of all episodes of all tasks: robust against single disasters and records."""
+    """Mean of the middle half of all episodes of all tasks: robust against single disasters and
+    records.
+    """
     x = np.sort(np.concatenate(groups))
     cut = len(x) // 4
     return float(x[cut:len(x) - cut].mean())
 
 
 def summarise(results):
-    """{task: {"returns", "card"}} -> the content of scores.json: per task, per domain, over domains."""
+    """{task: {"returns", "card"}} -> the content of scores.json: per task, per domain, over
+    domains.
+    """
     tasks, groups = {}, {}
     for task, result in results.items():
         card = result["card"]
@@ -509,7 +529,9 @@ def format_table(summary):
 
 
 def score_task(model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None):
-    """Play a model on one task: its returns, and those of the best constant action on the same seeds."""
+    """Play a model on one task: its returns, and those of the best constant action on the same
+    seeds.
+    """
     from lram import Agent
     seeds = [seed + k for k in range(episodes)]
     play = partial(rollout, partial(make_env, task), seeds=seeds, num_envs=num_envs, keep_states=False)
@@ -540,8 +562,9 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
     """Score a model on the tasks of cards ({task: card}); returns the content of scores.json.
 
     agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is
-    missing is named and left out. processes: tasks played side by side, one thread each (default: as
-    many as there are cores where the model is on the CPU and the work is worth starting processes).
+    missing is named and left out. processes: tasks played side by side, one thread each (default:
+    as many as there are cores where the model is on the CPU and the work is worth starting
+    processes).
     """
     import torch
     from tqdm import tqdm
@@ -576,7 +599,7 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
     return summarise(results)
 
 
-# --------------------------------------------------------------------------------------------------- program
+# ----------------------------------------------------------------------------------------- program
 class _FrameGrabber(gym.Wrapper):
     """Keeps every second picture of an episode."""
 
@@ -614,7 +637,9 @@ class Args:
     seed: int = EVALUATION_SEED
     """Episode k uses seed + k. The default seeds are used for nothing else."""
     context: Literal["carry", "window", "stagger"] | None = None
-    """How to act in episodes longer than training's windows (default: carry; gpt: stagger). See lram.Agent."""
+    """How to act in episodes longer than training's windows (default: carry; gpt: stagger). See
+    lram.Agent.
+    """
     temperature: float = 0.0
     """0 acts greedily; above, actions are sampled."""
     target_return: float | None = None
@@ -630,7 +655,9 @@ class Args:
     video: Path | None = None
     """Record one episode of the first task as an animated GIF and stop."""
     compare: tuple[Path, ...] = ()
-    """Instead of scoring: a table (and with --output a picture) of these scores.json of several runs."""
+    """Instead of scoring: a table (and with --output a picture) of these scores.json of several
+    runs.
+    """
     list: bool = False
     """Print the task table and what is missing for each, and stop."""
 

@@ -1,16 +1,19 @@
-"""LRAM: encoders, the 3-token stream, a backbone of any of the four block families, one shared action head, acting.
+"""LRAM: encoders, the 3-token stream, a backbone of any of the four block families, one shared
+action head, acting.
 
-Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and appendix C.
+Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and
+appendix C.
 
     python lram.py      # builds every backbone at every size, prints parameters and state bytes, checks act()
 
     world --(observation, reward)--> tokens --> backbone --> action distribution --(action)--> world
 
-One environment step is one chunk of tokens [r_{t-1}, s_t, R_t]: the reward of the step before (0 at first), the
-observation, the return-to-go; the action a_t is read off the last of them. No action enters the context (the
-copycat problem), so a policy that acts sees exactly the stream that it was trained on. Everything that holds a
-sequence obeys one contract, y, state = f(x, state), for any number of tokens: training passes a window of 3C
-tokens with state None, acting passes 3 tokens and the state of the step before.
+One environment step is one chunk of tokens [r_{t-1}, s_t, R_t]: the reward of the step before (0 at
+first), the observation, the return-to-go; the action a_t is read off the last of them. No action
+enters the context (the copycat problem), so a policy that acts sees exactly the stream that it was
+trained on. Everything that holds a sequence obeys one contract, y, state = f(x, state), for any
+number of tokens: training passes a window of 3C tokens with state None, acting passes 3 tokens and
+the state of the step before.
 
 Glossary (the same letters in every file of this project)
     B batch    C context in environment steps    T = 3C tokens    D model width    H heads    S observation width
@@ -41,8 +44,9 @@ MAX_DIMS, BINS = 8, 256     # continuous action dimensions and bins of each
 BACKBONES = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
 TOKENS = ("a", "r", "s", "rtg")
 
-# (D, recurrent layers, gpt layers, gpt heads, sLSTM layers of xLSTM[7:1]); 16m to 206m are the paper's. "-half":
-# half the layers at the same number of parameters, for latency. gpt has no half variant.
+# (D, recurrent layers, gpt layers, gpt heads, sLSTM layers of xLSTM[7:1]); 16m to 206m are the
+# paper's. "-half": half the layers at the same number of parameters, for latency. gpt has no half
+# variant.
 SIZES = {
     "tiny": (96, 4, 2, 4, (1,)),
     "16m": (512, 8, 4, 8, (1,)),
@@ -59,7 +63,9 @@ SIZES = {
 
 @dataclass
 class Config:
-    """Everything that shapes the model. None: taken from the size (see SIZES). Written into every checkpoint."""
+    """Everything that shapes the model. None: taken from the size (see SIZES). Written into every
+    checkpoint.
+    """
     backbone: str = "mlstm"
     size: str = "tiny"
     dim: int | None = None              # D
@@ -67,7 +73,8 @@ class Config:
     heads: int | None = None            # of mLSTM, sLSTM (4 by default) and attention
     slstm_at: tuple | None = None       # which layers of xlstm are sLSTM blocks, counted from 0
     context: int = 50                   # C: window of training; gpt holds no more than this
-    tokens: tuple = ("r", "s", "rtg")   # one step's tokens, in this order; "a" in front: the last action
+    # one step's tokens, in this order; "a" in front: the last action
+    tokens: tuple = ("r", "s", "rtg")
     dropout: float = 0.0
     cnn: tuple = (16, 32, 32)           # channels of the three image stages
     standardise: bool = False           # per-task mean 0 and deviation 1 of observations
@@ -96,13 +103,17 @@ class Config:
 
     @property
     def max_tokens(self):
-        """Tokens in C steps, at most (an action is one token per dimension): the capacity of gpt's cache."""
+        """Tokens in C steps, at most (an action is one token per dimension): the capacity of gpt's
+        cache.
+        """
         return self.context * (len(self.tokens) + ("a" in self.tokens) * (MAX_DIMS - 1))
 
 
-# --------------------------------------------------------------------------------------------- the backbone
+# ------------------------------------------------------------------------------------ the backbone
 class Backbone(nn.Module):
-    """A stack of blocks and a final norm, x (B, T, D) -> y (B, T, D); state: a tuple with each block's state."""
+    """A stack of blocks and a final norm, x (B, T, D) -> y (B, T, D); state: a tuple with each
+    block's state.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -133,7 +144,9 @@ class Backbone(nn.Module):
         return self.norm(x), tuple(states)
 
     def reset(self, state, done):
-        """Restart the rows where done (B,) is true. torch.where and never a product: -inf * 0 is NaN."""
+        """Restart the rows where done (B,) is true. torch.where and never a product: -inf * 0 is
+        NaN.
+        """
         fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
         pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
         return tuple(tuple(map(pick, new, old)) for new, old in zip(fresh, state))
@@ -166,9 +179,11 @@ class ImpalaCNN(nn.Module):
         return F.relu(self.out(F.relu(x).flatten(1)))
 
 
-# ------------------------------------------------------------------------------------------------- the model
+# --------------------------------------------------------------------------------------- the model
 class LRAM(nn.Module):
-    """Observations, rewards and returns-to-go in, action logits out; any backbone; state in, state out."""
+    """Observations, rewards and returns-to-go in, action logits out; any backbone; state in, state
+    out.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -179,17 +194,20 @@ class LRAM(nn.Module):
         for linear in (self.encode_state, self.encode_reward, self.encode_rtg, self.head):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        if "a" in config.tokens:        # one row for each discrete action or (dimension, bin), as in the head
+        # one row for each discrete action or (dimension, bin), as in the head
+        if "a" in config.tokens:
             self.encode_action = nn.Embedding(self.head.out_features, D)
             nn.init.normal_(self.encode_action.weight, std=0.02)
         self.token_norm = nn.LayerNorm(D)
         self.backbone = Backbone(config)
 
     def tokens(self, obs, reward, rtg, last_action=None):
-        """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part that config.tokens names.
+        """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part that config.tokens
+        names.
 
-        obs (B, C, S) float or (B, C, 1, 64, 64) uint8 or standardised; reward = r_{t-1} and rtg = R_t (B, C), both divided by the
-        reward scale; last_action (B, C, A) rows of encode_action, -1 for none. -> (B, C, tokens per step, D)
+        obs (B, C, S) float or (B, C, 1, 64, 64) uint8 or standardised; reward = r_{t-1} and rtg =
+        R_t (B, C), both divided by the reward scale; last_action (B, C, A) rows of encode_action,
+        -1 for none. -> (B, C, tokens per step, D)
         """
         parts, dtype = [], self.encode_reward.weight.dtype
         reward, rtg = reward.to(dtype), rtg.to(dtype)
@@ -210,9 +228,10 @@ class LRAM(nn.Module):
     def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None, at=-1):
         """The arguments of tokens(); action_dims: A for continuous actions, 0 for discrete ones.
 
-        Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is one Linear
-        for all tasks; only the rows that these tasks read are computed. at: the token of each step that is read,
-        the last for acting; a slice reads several, logits (B, C, tokens, ...).
+        Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is
+        one Linear for all tasks; only the rows that these tasks read are computed. at: the token of
+        each step that is read, the last for acting; a slice reads several, logits (B, C, tokens,
+        ...).
         """
         tokens = self.tokens(obs, reward, rtg, last_action)             # (B, C, n, D)
         y, state = self.backbone(tokens.flatten(1, 2), state)           # (B, C n, D)
@@ -220,14 +239,15 @@ class LRAM(nn.Module):
         rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
             slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
         logits = F.linear(y, self.head.weight[rows], self.head.bias[rows])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # softmax in float32 at least
+        # softmax in float32 at least
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, BINS))), state
 
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
         """One environment step for B environments: the chunk of one step, through the state.
 
-        obs (B, S) or (B, 1, 64, 64), reward, rtg (B,), last_action (B, A); done (B,) restarts rows first.
-        Returns logits (B, A, 256) or (B, 18) and the new state.
+        obs (B, S) or (B, 1, 64, 64), reward, rtg (B,), last_action (B, A); done (B,) restarts rows
+        first. Returns logits (B, A, 256) or (B, 18) and the new state.
         """
         if done is not None and state is not None:
             state = self.backbone.reset(state, done)
@@ -244,7 +264,7 @@ class LRAM(nn.Module):
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-# ---------------------------------------------------------------------------------------------- actions, loss
+# ----------------------------------------------------------------------------------- actions, loss
 def action_to_bin(action):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
     return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) if isinstance(action, np.ndarray) \
@@ -257,7 +277,9 @@ def bin_to_action(index):
 
 
 def action_rows(action):
-    """Actions, (..., A) float or (...) int, -> (..., A or 1) rows of the head and of the action embedding."""
+    """Actions, (..., A) float or (...) int, -> (..., A or 1) rows of the head and of the action
+    embedding.
+    """
     if np.issubdtype(action.dtype, np.integer):
         return action[..., None].astype(np.int64)
     return MAX_DISCRETE + BINS * np.arange(action.shape[-1]) + action_to_bin(action)
@@ -266,9 +288,10 @@ def action_rows(action):
 def action_loss(logits, target, mask, soft_sigma=0.0):
     """Mean cross-entropy over the valid (step, dimension) pairs, in nats.
 
-    logits (B, C, 18) with target, mask (B, C), or (B, C, A, 256) with target, mask (B, C, A). target: action or
-    bin; mask: bool, false on padding. soft_sigma > 0 spreads a bin's target over its neighbours as a Gaussian of
-    that many bins (not in the paper): bins next to the right one are nearly right, which one-hot targets hide.
+    logits (B, C, 18) with target, mask (B, C), or (B, C, A, 256) with target, mask (B, C, A).
+    target: action or bin; mask: bool, false on padding. soft_sigma > 0 spreads a bin's target over
+    its neighbours as a Gaussian of that many bins (not in the paper): bins next to the right one
+    are nearly right, which one-hot targets hide.
     """
     log_p = logits[mask].log_softmax(-1)                                # (valid pairs, classes)
     target = target[mask]
@@ -279,21 +302,23 @@ def action_loss(logits, target, mask, soft_sigma=0.0):
     return F.nll_loss(log_p, target)
 
 
-# ---------------------------------------------------------------------------------------------------- acting
+# ------------------------------------------------------------------------------------------ acting
 def prepare_states(states, card, standardise):
     """Observations as the model reads them: minus the task's mean and over its deviation, if asked.
 
-    states (..., S) or uint8 images (..., 1, 64, 64) -> float32, images that are not standardised stay uint8.
-    Used on the windows of training and while acting alike.
+    states (..., S) or uint8 images (..., 1, 64, 64) -> float32, images that are not standardised
+    stay uint8. Used on the windows of training and while acting alike.
     """
-    if standardise:     # per coordinate, or per pixel: what stands still disappears, what moves stands out
+    # per coordinate, or per pixel: what stands still disappears, what moves stands out
+    if standardise:
         mean, std = (np.asarray(card[key], dtype=np.float32) for key in ("state_mean", "state_std"))
         return (states.astype(np.float32) - mean) / std
     return states if card["observation"]["kind"] == "image" else states.astype(np.float32)
 
 
 class Agent:
-    """A trained model acting in B environments of one task: keeps the state, the return-to-go and the context.
+    """A trained model acting in B environments of one task: keeps the state, the return-to-go and
+    the context.
 
     context says what happens in episodes longer than the windows of training (C steps):
         carry     the state runs on through the whole episode, cost constant            (recurrent backbones)
@@ -317,7 +342,7 @@ class Agent:
 
     def begin(self, batch_size):
         """Forget everything; batch_size environments start afresh."""
-        self.step = np.zeros(batch_size, dtype=np.int64)                # steps since each row's episode began
+        self.step = np.zeros(batch_size, dtype=np.int64)  # steps since each row's episode began
         self.rtg = np.full(batch_size, self.target, dtype=np.float32)
         self.last_action = None
         self.state, self.window = None, None
@@ -326,8 +351,8 @@ class Agent:
     def act(self, obs, reward, done):
         """Actions for the observations obs (B, ...), after the raw rewards (B,) of the step before.
 
-        done (B,): the rows whose episode has just begun (their reward does not count). Returns int (B,) or
-        float32 (B, A) in [-1, 1]; the logits stay in self.logits.
+        done (B,): the rows whose episode has just begun (their reward does not count). Returns int
+        (B,) or float32 (B, A) in [-1, 1]; the logits stay in self.logits.
         """
         reward = self.as_seen(np.where(done, 0.0, reward))
         self.step = np.where(done, 0, self.step + 1)
@@ -346,7 +371,9 @@ class Agent:
         return action
 
     def as_seen(self, reward):
-        """Raw rewards -> what the model sees: clipped for Atari, over the domain's reward scale, float32."""
+        """Raw rewards -> what the model sees: clipped for Atari, over the domain's reward scale,
+        float32.
+        """
         reward = np.clip(reward, -1, 1) if self.card["clip_rewards"] else reward
         return (reward / self.scale).astype(np.float32)
 
@@ -355,9 +382,11 @@ class Agent:
         return logits
 
     def _stagger(self, obs, reward, rtg, last, done):
-        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later; a row's age is its context
+        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later; a row's age
+        # is its context
         C, step = self.config.context, torch.as_tensor(self.step, device=self.device)
-        age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])    # (2, B)
+        # (2, B)
+        age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])
         twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
         logits, self.state = self.model.act(*twice, self.action_dims, torch.cat([last, last]), self.state,
                                             (age == 0).flatten())
@@ -366,7 +395,8 @@ class Agent:
         return torch.where(older, first, second)
 
     def _window(self, obs, reward, rtg, last, done):
-        # each row's last C steps, from the left; what is right of the newest step is never seen (causality)
+        # each row's last C steps, from the left; what is right of the newest step is never seen
+        # (causality)
         C, B = self.config.context, len(done)
         if self.window is None:
             self.window = [torch.zeros(B, C, *x.shape[1:], dtype=x.dtype, device=x.device)
@@ -398,7 +428,7 @@ class Agent:
         return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
 
 
-# ----------------------------------------------------------------------------------- checkpoints, device, check
+# ---------------------------------------------------------------------- checkpoints, device, check
 def save_checkpoint(path, payload):
     """torch.save, atomically: a kill or a full disk leaves the previous file as it was."""
     path, temporary = Path(path), Path(f"{path}.tmp")
@@ -412,7 +442,9 @@ def save_checkpoint(path, payload):
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict written by train.py, read with weights_only=True: no code in a file is ever executed."""
+    """The dict written by train.py, read with weights_only=True: no code in a file is ever
+    executed.
+    """
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:

@@ -3,10 +3,11 @@
     python -m pytest -q test_all.py                 # the whole suite, under five minutes on two cores
     python -m pytest -q test_all.py -k "mlstm"      # one part
 
-The float64 recurrent loops are the truth for all other forms, in value, final state and gradient; the loops
-themselves are checked against sums written out without any stabiliser. Everything downstream (acting against
-training, resume, windows, scores) is compared with an independent computation, never with a stored number.
-Tests of a simulator or of a peer package are skipped where it is not installed.
+The float64 recurrent loops are the truth for all other forms, in value, final state and gradient;
+the loops themselves are checked against sums written out without any stabiliser. Everything
+downstream (acting against training, resume, windows, scores) is compared with an independent
+computation, never with a stored number. Tests of a simulator or of a peer package are skipped where
+it is not installed.
 """
 import ast
 import json
@@ -54,7 +55,8 @@ def relative(a, b):
 
 
 def value_and_gradients(form, inputs, state, weights, dtype):
-    """Output, final state and the gradients of a random linear loss of both, of one form in one dtype.
+    """Output, final state and the gradients of a random linear loss of both, of one form in one
+    dtype.
 
     weights: for the output and for each differentiable part of the final state.
     """
@@ -71,7 +73,7 @@ def value_and_gradients(form, inputs, state, weights, dtype):
     return [out, *end, *gradients]
 
 
-# ------------------------------------------------------------------------------------------------------ mLSTM
+# ------------------------------------------------------------------------------------------- mLSTM
 def mlstm_inputs(T, B=2, H=3, K=24, V=20):
     """Moderate gates: i ~ N(0, 1), f ~ N(4, 1)."""
     q, k, v = (torch.randn(B, H, T, n, dtype=torch.float64) for n in (K, K, V))
@@ -88,7 +90,9 @@ MLSTM_FORMS = {
 
 
 def test_mlstm_definition_is_the_sum_it_stands_for():
-    """h_t = sum_s w_ts (q_t k_s) v_s / max(|sum_s w_ts q_t k_s|, 1), w_ts = exp(i_s) prod sigmoid(f): no m at all."""
+    """h_t = sum_s w_ts (q_t k_s) v_s / max(|sum_s w_ts q_t k_s|, 1), w_ts = exp(i_s) prod
+    sigmoid(f): no m at all.
+    """
     (q, k, v, i, f), _ = mlstm_inputs(12)
     h, (C, n, m) = mlstm.mlstm_recurrent(q, k, v, i, f)
     for t in range(12):
@@ -135,9 +139,11 @@ def test_mlstm_gradient_is_a_finite_difference():
 
 @pytest.mark.parametrize("form", ("parallel", "chunkwise"))
 def test_mlstm_under_stress(form, monkeypatch):
-    """Gates of +-30 over 4,000 tokens: finite; float64 to 1e-7; float32 numerator and denominator to 1e-4.
+    """Gates of +-30 over 4,000 tokens: finite; float64 to 1e-7; float32 numerator and denominator
+    to 1e-4.
 
-    The quotient cancels, so float32 is compared before it, relative to the sum of the absolute terms.
+    The quotient cancels, so float32 is compared before it, relative to the sum of the absolute
+    terms.
     """
     T, K, V = 4000, 5, 3
     q, k, v = (torch.randn(1, 1, T, n, dtype=torch.float64) for n in (K, K, V))
@@ -164,7 +170,7 @@ def test_mlstm_state_stays_float32_in_bfloat16():
         assert (h.double() - truth).norm() / truth.norm() < 5e-2, name
 
 
-# ------------------------------------------------------------------------------------------------------ sLSTM
+# ------------------------------------------------------------------------------------------- sLSTM
 def slstm_inputs(T, B=2, H=3, dh=10):
     gates = torch.randn(B, T, 4, H, dh, dtype=torch.float64)
     gates[:, :, 1] += 3
@@ -175,7 +181,9 @@ def slstm_inputs(T, B=2, H=3, dh=10):
 
 
 def test_slstm_definition_without_stabiliser():
-    """c_t = sigmoid(f) c + exp(i) tanh(z), n_t = sigmoid(f) n + exp(i), y_t = sigmoid(o) c / n, unit by unit."""
+    """c_t = sigmoid(f) c + exp(i) tanh(z), n_t = sigmoid(f) n + exp(i), y_t = sigmoid(o) c / n,
+    unit by unit.
+    """
     (gates, R), _ = slstm_inputs(9)
     out, _ = slstm.slstm_recurrent(gates, R)
     y = c = n = torch.zeros(2, 3, 10, dtype=torch.float64)
@@ -211,7 +219,7 @@ def test_slstm_under_stress():
     assert (state[2] >= 0.999).all()        # n >= 1 in its own units: the division is safe
 
 
-# ------------------------------------------------------------------------------------------------------ Mamba
+# ------------------------------------------------------------------------------------------- Mamba
 def mamba_inputs(T, B=2, E=12, N=16):
     inputs = [torch.randn(B, T, E), F.softplus(torch.randn(B, T, E) - 2), -torch.rand(E, N) * N,
               torch.randn(B, T, N), torch.randn(B, T, N), torch.randn(E)]
@@ -229,7 +237,7 @@ def test_mamba_definition_is_the_sum_it_stands_for():
     y, _ = mamba.selective_scan_recurrent(u, dt, A, B, C, D)
     total = dt.cumsum(1)
     for t in range(10):
-        decay = torch.exp(A * (total[:, t, None] - total[:, :t + 1])[..., None])            # (B, S, E, N)
+        decay = torch.exp(A * (total[:, t, None] - total[:, :t + 1])[..., None])  # (B, S, E, N)
         terms = C[:, t, None, None] * decay * (dt * u)[:, :t + 1, :, None] * B[:, :t + 1, None]
         assert relative(y[:, t], terms.sum((1, 3)) + D * u[:, t]) < 1e-12
 
@@ -257,10 +265,12 @@ def test_mamba_under_stress():
     assert relative(single, truth) < 1e-4
 
 
-# -------------------------------------------------------------------------------------------------- attention
+# --------------------------------------------------------------------------------------- attention
 @pytest.mark.parametrize("T", LENGTHS)
 def test_attention_forms_and_splits_agree(T):
-    """All at once, in pieces through the cache, and token by token, against softmax(q k^T / sqrt(dh)) v."""
+    """All at once, in pieces through the cache, and token by token, against softmax(q k^T /
+    sqrt(dh)) v.
+    """
     q, k, v = torch.randn(3, 2, 3, T, 20, dtype=torch.float64)
     score = (q @ k.transpose(-1, -2)) / 20 ** 0.5
     truth = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1) @ v
@@ -285,7 +295,94 @@ def test_gpt_refuses_more_tokens_than_positions():
         model.backbone(torch.randn(2, 1, 32), state)
 
 
-# ------------------------------------------------------------------------------------------ blocks and backbone
+# -------------------------------------------------------------------------- peers, where installed
+@pytest.mark.parametrize("kernel", ("parallel--native_stablef_autograd", "chunkwise--native_autograd"))
+def test_mlstm_against_mlstm_kernels(kernel):
+    """The public PyTorch kernels as black boxes; they start from m = -inf, ours from 0: equal up to
+    eps.
+    """
+    public = pytest.importorskip("mlstm_kernels.torch").get_mlstm_kernel(kernel)
+    inputs, _ = mlstm_inputs(64)
+    named = dict(zip("qkvif", inputs))
+    if kernel.startswith("parallel"):
+        theirs = public(**named, eps=1e-6)
+    else:
+        theirs, (C, n, m) = public(**named, eps=1e-6, chunk_size=16, return_last_states=True)
+        _, end = mlstm.mlstm_chunkwise(*inputs)
+        assert max(relative(a, b) for a, b in zip(end, (C, n, m.reshape(2, 3)))) < 1e-9
+    for form in MLSTM_FORMS.values():
+        assert relative(form(*inputs)[0], theirs) < 1e-5
+
+
+def test_xlstm_stack_against_the_public_package():
+    """Blocks of both kinds with random weights, copied name by name: the same function."""
+    xlstm = pytest.importorskip("xlstm")
+    kind = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(
+        conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=4))
+    other = xlstm.sLSTMBlockConfig(
+        slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=4, conv1d_kernel_size=4),
+        feedforward=xlstm.FeedForwardConfig(proj_factor=1.3, act_fn="gelu"))
+    public = xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(
+        mlstm_block=kind, slstm_block=other, context_length=60, num_blocks=3, embedding_dim=64,
+        slstm_at=[1])).double().eval()
+    with torch.no_grad():
+        for p in public.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    config = lram.Config("xlstm", dim=64, layers=3, heads=4, slstm_at=(1,))
+    ours = lram.Backbone(config).double().eval()
+    ours.load_state_dict(from_public_xlstm(public.state_dict(), layers=3, slstm_at=(1,), heads=4))
+    x = torch.randn(2, 60, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(ours(x)[0], public(x)) < 1e-5
+
+
+def from_public_xlstm(weights, layers, slstm_at, heads):
+    """The public package's state_dict under our names and layouts. Its igate and fgate are swapped
+    in sLSTM.
+    """
+    out = {"norm.weight": 1 + weights["post_blocks_norm.weight"]}
+    for layer in range(layers):
+        w = lambda name: weights[f"blocks.{layer}.{name}"]
+        put = lambda **named: out.update({f"blocks.{layer}.{k.replace('__', '.')}": v for k, v in named.items()})
+        put(norm=w("xlstm_norm.weight"), conv_weight=w("xlstm.conv1d.conv.weight"),
+            conv_bias=w("xlstm.conv1d.conv.bias"))
+        if layer in slstm_at:
+            dh = w("xlstm.slstm_cell._recurrent_kernel_").shape[-1]
+            R = w("xlstm.slstm_cell._recurrent_kernel_").view(heads, 4, dh, dh).transpose(0, 1)
+            put(W=torch.stack([w(f"xlstm.{g}gate.weight") for g in ("f", "i", "z", "o")]), R=R,
+                bias=w("xlstm.slstm_cell._bias_").view(4, heads, dh), head_norm=w("xlstm.group_norm.weight"),
+                mlp_norm=w("ffn_norm.weight"), mlp_up__weight=w("ffn.proj_up.weight"),
+                mlp_down__weight=w("ffn.proj_down.weight"))
+            continue
+        qkv = torch.stack([w(f"xlstm.{g}_proj.weight") for g in "qkv"])
+        gates = [w(f"xlstm.mlstm_cell.{g}gate.weight") for g in "if"]
+        biases = [w(f"xlstm.mlstm_cell.{g}gate.bias") for g in "if"]
+        put(up__weight=w("xlstm.proj_up.weight"), qkv=qkv.transpose(-1, -2), gates__weight=torch.cat(gates),
+            gates__bias=torch.cat(biases), head_norm=w("xlstm.mlstm_cell.outnorm.weight"),
+            skip=w("xlstm.learnable_skip"), down__weight=w("xlstm.proj_down.weight"))
+    return out
+
+
+def test_mamba_against_mambapy():
+    """One block with random weights, copied name by name: the same function."""
+    mambapy = pytest.importorskip("mambapy.mamba")
+    public = mambapy.ResidualBlock(mambapy.MambaConfig(d_model=48, n_layers=1, pscan=False)).eval()
+    ours = mamba.MambaBlock(48).eval()
+    with torch.no_grad():
+        for p in public.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    names = {"norm": "norm.weight", "up.weight": "mixer.in_proj.weight", "conv_weight": "mixer.conv1d.weight",
+             "conv_bias": "mixer.conv1d.bias", "select.weight": "mixer.x_proj.weight",
+             "dt.weight": "mixer.dt_proj.weight", "dt.bias": "mixer.dt_proj.bias", "A_log": "mixer.A_log",
+             "D": "mixer.D", "down.weight": "mixer.out_proj.weight"}
+    weights = public.state_dict()
+    ours.load_state_dict({mine: weights[theirs] for mine, theirs in names.items()})
+    x = torch.randn(2, 30, 48)
+    with torch.no_grad():
+        assert relative(ours(x)[0], public(x)) < 1e-5
+
+
+# ----------------------------------------------------------------------------- blocks and backbone
 def small_model(backbone, context=20, dtype=torch.float32, **options):
     """A model small enough for tests, with weights away from their special initial values."""
     options = {"dim": 32, "layers": 2, "heads": 4, "cnn": (2, 2, 2), "slstm_at": (0,) if backbone == "xlstm"
@@ -320,7 +417,9 @@ def flatten(state):
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_reset_restarts_single_rows(backbone):
-    """After a partial reset the row goes on like a fresh sequence and its neighbours as if nothing had happened."""
+    """After a partial reset the row goes on like a fresh sequence and its neighbours as if nothing
+    had happened.
+    """
     model = small_model(backbone, dtype=torch.float64).backbone
     x, more = torch.randn(3, 20, 32, dtype=torch.float64), torch.randn(3, 9, 32, dtype=torch.float64)
     _, state = model(x)
@@ -333,7 +432,9 @@ def test_reset_restarts_single_rows(backbone):
 
 @pytest.mark.parametrize("backbone", RECURRENT)
 def test_gates_of_a_reset_row_may_be_extreme(backbone):
-    """The public sLSTM returns NaN when some rows were reset and the input gate is very negative; ours must not."""
+    """The public sLSTM returns NaN when some rows were reset and the input gate is very negative;
+    ours must not.
+    """
     model = small_model(backbone).backbone
     _, state = model(torch.randn(2, 5, 32))
     with torch.no_grad():
@@ -394,7 +495,7 @@ def test_concept_files_check_themselves(file):
         assert {name.split(".")[0] for name in imported} <= {"torch", *sys.stdlib_module_names}
 
 
-# ------------------------------------------------------------------------------------------------ model and loss
+# ---------------------------------------------------------------------------------- model and loss
 def test_actions_and_bins():
     """256 uniform bins on [-1, 1], decoded at their centres; tensors and arrays alike."""
     a = np.array([-1.0, -0.9999, 0.0, 0.9999, 1.0, 1.0 - 1 / 256])
@@ -410,7 +511,9 @@ def test_actions_and_bins():
 
 
 def test_loss_against_torch():
-    """Masked cross-entropy against F.cross_entropy pair by pair; soft targets against their explicit sum."""
+    """Masked cross-entropy against F.cross_entropy pair by pair; soft targets against their
+    explicit sum.
+    """
     logits, target = torch.randn(3, 5, 2, 256).double(), torch.randint(256, (3, 5, 2))
     mask = torch.rand(3, 5, 2) > 0.4
     pairs = [F.cross_entropy(logits[b, c, a][None], target[b, c, a][None]) for b, c, a in torch.nonzero(mask)]
@@ -424,7 +527,9 @@ def test_loss_against_torch():
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_right_padding_changes_nothing(backbone):
-    """A short window in a longer batch: same logits on its steps, same loss, no gradient from the padding."""
+    """A short window in a longer batch: same logits on its steps, same loss, no gradient from the
+    padding.
+    """
     model = small_model(backbone, dtype=torch.float64)
     obs, reward, rtg = torch.randn(2, 20, 7).double(), torch.randn(2, 20).double(), torch.randn(2, 20).double()
     padded = [x.clone() for x in (obs, reward, rtg)]
@@ -491,7 +596,7 @@ def test_config_refuses_what_cannot_be():
             lram.Backbone(lram.Config(**options))
 
 
-# -------------------------------------------------------------------------------------------------------- acting
+# ------------------------------------------------------------------------------------------ acting
 def dark_card(**changes):
     """A card as data.make would write it."""
     return {"task": "darkroom/train", "domain": "darkroom", "heldout": False,
@@ -520,10 +625,12 @@ def play(model, card, seeds, **options):
 @pytest.mark.parametrize("tokens", (("r", "s", "rtg"), ("a", "r", "s", "rtg"), ("s",)))
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_acting_is_training(backbone, tokens, tmp_path):
-    """The logits while acting equal those of training on the recorded episode, read back from its file.
+    """The logits while acting equal those of training on the recorded episode, read back from its
+    file.
 
-    Recurrent backbones over the whole episode, gpt over its first C steps (stagger); window and stagger over
-    the first C steps for all. Sampled actions, rewards, falling return-to-go, standardised observations.
+    Recurrent backbones over the whole episode, gpt over its first C steps (stagger); window and
+    stagger over the first C steps for all. Sampled actions, rewards, falling return-to-go,
+    standardised observations.
     """
     context = 20
     model = small_model(backbone, context, torch.float64, tokens=tokens, standardise=True)
@@ -552,12 +659,15 @@ def test_acting_is_training(backbone, tokens, tmp_path):
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_window_and_stagger_see_what_they_say(backbone):
-    """Beyond C steps: window equals the model on the last C steps, stagger on the last age + 1 steps."""
+    """Beyond C steps: window equals the model on the last C steps, stagger on the last age + 1
+    steps.
+    """
     C, T = 6, 20
     model = small_model(backbone, C, torch.float64)
     card = dark_card()
     obs = np.random.RandomState(0).uniform(0, 9, (T, 1, 2)).astype(np.float32)
-    rewards = np.random.RandomState(1).randint(0, 8, T) / 8     # exact in float32, however they are summed
+    # exact in float32, however they are summed
+    rewards = np.random.RandomState(1).randint(0, 8, T) / 8
     for mode in ("window", "stagger"):
         agent = lram.Agent(model, card, context=mode)
         agent.begin(1)
@@ -613,7 +723,7 @@ def test_decoding():
     assert abs(share - 0.75) < 0.03
 
 
-# -------------------------------------------------------------------------------------------------------- worlds
+# ------------------------------------------------------------------------------------------ worlds
 def test_darkroom_expert_is_exact():
     """The goal that is number k along the sweep gives 100 - k, on each of the 100 goals."""
     for split, count in (("train", 80), ("heldout", 20)):
@@ -662,7 +772,9 @@ WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balan
 
 @pytest.mark.parametrize("task", WORLD_TASKS)
 def test_world_contract(task):
-    """Observation and action as promised; the seed alone determines an episode, on a used instance too."""
+    """Observation and action as promised; the seed alone determines an episode, on a used instance
+    too.
+    """
     if worlds.is_available(task):
         pytest.skip(worlds.is_available(task))
     env, other = worlds.make_env(task), worlds.make_env(task)
@@ -706,7 +818,9 @@ def test_experts_do_the_task(task, least):
 
 
 def test_noise_is_executed_and_not_recorded():
-    """The wrapper executes clip(a + sigma N) and follows from the seed; sigma is 0 in a quarter of the episodes."""
+    """The wrapper executes clip(a + sigma N) and follows from the seed; sigma is 0 in a quarter of
+    the episodes.
+    """
     class Echo(gym.Env):
         observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (2,))
 
@@ -728,7 +842,7 @@ def test_noise_is_executed_and_not_recorded():
     assert 0.18 < np.mean(np.array(sigmas) == 0) < 0.32 and 0.25 < max(sigmas) <= 0.3
 
 
-# -------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------ scores
 def test_scores():
     """Normalised, averaged over tasks and then domains, with an interval that holds the mean."""
     def result(returns, **card):
@@ -749,7 +863,7 @@ def test_scores():
     assert np.allclose([low, high], exact, atol=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------- trajectories
+# ------------------------------------------------------------------------------------ trajectories
 def write_task(root, lengths, task="darkroom/train", seed=0, **card):
     """A synthetic task on disk: states count the steps, so that a window says where it was cut."""
     folder = Path(root) / task
@@ -764,7 +878,9 @@ def write_task(root, lengths, task="darkroom/train", seed=0, **card):
 
 
 def test_windows_hold_what_the_file_holds(tmp_path):
-    """Rewards one step late, returns-to-go as suffix sums, both scaled; the action before; padding on the right."""
+    """Rewards one step late, returns-to-go as suffix sums, both scaled; the action before; padding
+    on the right.
+    """
     folder = write_task(tmp_path, [30, 4], reward_scale=5.0)
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     with h5py.File(folder / "000000.hdf5") as f:
@@ -854,7 +970,9 @@ def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
 
 
 def test_public_files_are_read(tmp_path):
-    """Variations of the public data sets: a scalar `dones`, returns-to-go present, RGB images made gray by luma."""
+    """Variations of the public data sets: a scalar `dones`, returns-to-go present, RGB images made
+    gray by luma.
+    """
     path = tmp_path / "x.hdf5"
     image = np.random.RandomState(0).randint(0, 256, (5, 3, 64, 64), dtype=np.uint8)
     with h5py.File(path, "w") as f:
@@ -869,7 +987,9 @@ def test_public_files_are_read(tmp_path):
 
 
 def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
-    """A missing episode is made again, bit for bit, and nothing else is touched; the card measures the expert."""
+    """A missing episode is made again, bit for bit, and nothing else is touched; the card measures
+    the expert.
+    """
     monkeypatch.chdir(tmp_path)
     data.make(["darkroom/train"], "d", episodes=12, processes=1)
     folder = Path("d/darkroom/train")
@@ -903,7 +1023,7 @@ def test_lost_lives_end_trajectories():
     assert data.split_lives(worlds.Episode(0, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
 
 
-# -------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 def tiny_args(root, **changes):
     """A run of seconds."""
     return train.Args(tasks=("darkroom/train",), data_root=root, episodes_per_task=6, steps=6, context=10,
