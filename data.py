@@ -1,16 +1,18 @@
 """Trajectories: experts -> HDF5 files -> windows for training; as a program it makes, checks and
 shows them.
 
-    python data.py make                             # the default mixture, into datasets/ (about a minute)
+    python data.py make                     # the default mixture, into datasets/ (about a minute)
     python data.py make metaworld/push-v3 --episodes 50
-    python data.py check datasets                   # every file read and validated; exit code 1 names the faults
-    python data.py info datasets                    # counts, lengths, returns, action statistics
+    python data.py check datasets           # every file validated; exit code 1 names the faults
+    python data.py info datasets            # counts, lengths, returns, action statistics
 
 Layout, that of the public LRAM data sets: one file per trajectory,
 <root>/<domain>/<task>/<episode>.hdf5, with
 
-    states    (T, S) float32 or (T, 1, 64, 64) uint8        actions   (T,) int or (T, A) float32 in [-1, 1]
-    rewards   (T,) float32                                  dones     (T,) bool, true at an end of the task
+    states    (T, S) float32 or (T, 1, 64, 64) uint8
+    actions   (T,) int or (T, A) float32 in [-1, 1]
+    rewards   (T,) float32
+    dones     (T,) bool, true at an end of the task
     returns_to_go (T,) float32, optional: sum of rewards from t on, unscaled; computed when absent
 
 and beside them episode_lengths.json and episode_returns.json ({episode: number}: no file is opened
@@ -21,6 +23,7 @@ ends a trajectory in Atari, whose rewards are stored clipped to [-1, 1].
 Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
 Not included: packed files, converters from other data sets, training data larger than one machine.
 """
+
 import difflib
 import importlib.metadata
 import json
@@ -41,12 +44,28 @@ import h5py
 import numpy as np
 import tyro
 
-from eval import (DOMAINS, DarkRoom, constant_policy, is_available, make_env, random_policy, rollout,
-                  split_task)
+from eval import (
+    DOMAINS,
+    DarkRoom,
+    constant_policy,
+    is_available,
+    make_env,
+    random_policy,
+    rollout,
+    split_task,
+)
 
-DEFAULT_TASKS = ("darkroom/train", "darkroom/heldout", "metaworld/reach-v3", "metaworld/door-open-v3",
-                 "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3", "metaworld/window-open-v3",
-                 "dmcontrol/cartpole-balance", "atari/freeway")
+DEFAULT_TASKS = (
+    "darkroom/train",
+    "darkroom/heldout",
+    "metaworld/reach-v3",
+    "metaworld/door-open-v3",
+    "metaworld/drawer-close-v3",
+    "metaworld/button-press-topdown-v3",
+    "metaworld/window-open-v3",
+    "dmcontrol/cartpole-balance",
+    "atari/freeway",
+)
 VALIDATION_FRACTION = 0.025
 # episode k of the data uses seed k; what a score is measured against has seeds of its own (scores:
 # 1,000,000 + k)
@@ -309,8 +328,10 @@ def recipe_of(task):
     recipe = RECIPES.get(task) or RECIPES.get(task.partition("/")[0])
     if recipe is None:
         near = difflib.get_close_matches(task, RECIPES, n=1, cutoff=0.0)
-        raise SystemExit(f"there is no expert for {task}; nearest: {near[0]}. There are experts for "
-                         f"{', '.join(RECIPES)}")
+        raise SystemExit(
+            f"there is no expert for {task}; nearest: {near[0]}. There are experts for "
+            f"{', '.join(RECIPES)}"
+        )
     return recipe
 
 
@@ -379,8 +400,10 @@ def write_trajectory(path, states, actions, rewards, terminated):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}; nothing half-written is left, free some space and run the "
-                      "same command again: it continues") from error
+        raise OSError(
+            f"cannot write {path}: {error}; nothing half-written is left, free some space and run "
+            "the same command again: it continues"
+        ) from error
 
 
 def split_lives(episode):
@@ -401,7 +424,9 @@ def _make_episodes(task, folder, seeds):
         pieces = split_lives(episode)
         # life 0 last: it marks the seed as done
         for life, (a, b) in reversed(list(enumerate(pieces))):
-            path = Path(folder) / (f"{episode.seed:06d}.hdf5" if life == 0 else f"{episode.seed:06d}-{life}.hdf5")
+            path = Path(folder) / (
+                f"{episode.seed:06d}.hdf5" if life == 0 else f"{episode.seed:06d}-{life}.hdf5"
+            )
             end = episode.terminated or life + 1 < len(pieces)
             write_trajectory(path, episode.states[a:b], episode.actions[a:b], rewards[a:b], end)
     return len(seeds)
@@ -411,8 +436,10 @@ def _measure(task, who, seeds):
     """Worker: mean returns of the expert without noise, the random policy or a constant action
     (int).
     """
-    policy = {"expert": partial(expert_policy, expert=recipe_of(task).expert), "random": random_policy}.get(
-        who, partial(constant_policy, action=who))
+    policy = {
+        "expert": partial(expert_policy, expert=recipe_of(task).expert),
+        "random": random_policy,
+    }.get(who, partial(constant_policy, action=who))
     done = rollout(partial(make_env, task), policy, seeds, num_envs=4, keep_states=False)
     return [float(e.rewards.sum()) for e in done]
 
@@ -447,7 +474,10 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     total = sum(cost(task, args) for _, task, args in jobs)
     with ProcessPoolExecutor(processes, context, _quiet_worker) as pool, \
             tqdm(total=total, desc="make data", unit="step", unit_scale=True) as bar:
-        futures = {pool.submit(function, task, *args): (function, task, args) for function, task, args in jobs}
+        futures = {
+            pool.submit(function, task, *args): (function, task, args)
+            for function, task, args in jobs
+        }
         try:
             for future in as_completed(futures):
                 function, task, args = futures[future]
@@ -471,7 +501,7 @@ def _quiet_worker():
 
 
 def _plan(task, folder, episodes):
-    """The jobs [(function, args)] that complete a task's folder, the last argument a list of seeds."""
+    """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe, domain = recipe_of(task), split_task(task)[0]
     heldout = task.split("/")[1] in domain.heldout
@@ -480,14 +510,19 @@ def _plan(task, folder, episodes):
     if not seeds and (folder / "task.json").exists():
         return []
     chunk = 2 if task.startswith("atari") else 10
-    plan = [(_make_episodes, (str(folder), seeds[i:i + chunk])) for i in range(0, len(seeds), chunk)]
+    plan = [
+        (_make_episodes, (str(folder), seeds[i : i + chunk])) for i in range(0, len(seeds), chunk)
+    ]
     n = min(recipe.references, 2 * episodes) if episodes else recipe.references
     span = lambda start: list(range(start, start + n))
     plan += [(_measure, ("expert", span(EXPERT_SEED))), (_measure, ("random", span(RANDOM_SEED)))]
     env = make_env(task)
     if isinstance(env.action_space, gym.spaces.Discrete):
         few = max(1, n // 8) if env.observation_space.dtype == np.uint8 else n
-        plan += [(_measure, (a, list(range(CONSTANT_SEED, CONSTANT_SEED + few)))) for a in range(env.action_space.n)]
+        plan += [
+            (_measure, (a, list(range(CONSTANT_SEED, CONSTANT_SEED + few))))
+            for a in range(env.action_space.n)
+        ]
     env.close()
     return plan
 
@@ -504,19 +539,32 @@ def _finish_task(task, folder, measured):
         with h5py.File(path) as f:
             lengths[path.stem], returns[path.stem] = len(f["rewards"]), float(np.sum(f["rewards"]))
             states = f["states"][:].astype(np.float64)
-            total, square, count = total + states.sum(0), square + (states ** 2).sum(0), count + len(states)
+            total, square, count = (
+                total + states.sum(0),
+                square + (states**2).sum(0),
+                count + len(states),
+            )
     card = {
-        "task": task, "domain": task.split("/")[0], "heldout": name in domain.heldout,
+        "task": task,
+        "domain": task.split("/")[0],
+        "heldout": name in domain.heldout,
         "observation": {"kind": "image" if image else "vector", "shape": list(obs_space.shape)},
-        "action": {"kind": "discrete", "n": int(space.n)} if isinstance(space, gym.spaces.Discrete) else
-                  {"kind": "continuous", "dims": int(space.shape[0])},
-        "reward_scale": domain.reward_scale, "clip_rewards": domain.clip_rewards,
+        "action": (
+            {"kind": "discrete", "n": int(space.n)}
+            if isinstance(space, gym.spaces.Discrete)
+            else {"kind": "continuous", "dims": int(space.shape[0])}
+        ),
+        "reward_scale": domain.reward_scale,
+        "clip_rewards": domain.clip_rewards,
         "constant_rtg": domain.constant_rtg is not None,
         "target_return": domain.constant_rtg or max(returns.values(), default=0.0),
-        "reference_score": float(np.mean(measured["expert"])), "random_score": float(np.mean(measured["random"])),
+        "reference_score": float(np.mean(measured["expert"])),
+        "random_score": float(np.mean(measured["random"])),
         "made_by": f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
-        "versions": {p: importlib.metadata.version(p) for p in
-                     {"gymnasium", "numpy", domain.package.replace("_", "-")}},
+        "versions": {
+            p: importlib.metadata.version(p)
+            for p in {"gymnasium", "numpy", domain.package.replace("_", "-")}
+        },
     }
     constants = {a: np.mean(r) for a, r in measured.items() if isinstance(a, int)}
     if constants:
@@ -525,8 +573,12 @@ def _finish_task(task, folder, measured):
     if not count:  # held out and without data: read as its domain's first training task
         sibling = folder.parent / domain.tasks[0] / "task.json"
         if not sibling.exists():
-            raise SystemExit(f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it")
-        card.update({key: json.loads(sibling.read_text())[key] for key in ("state_mean", "state_std")})
+            raise SystemExit(
+                f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it"
+            )
+        card.update(
+            {key: json.loads(sibling.read_text())[key] for key in ("state_mean", "state_std")}
+        )
     if count:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
         # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
@@ -569,16 +621,35 @@ def open_trajectory(path, card=None):
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
         T = len(states)
-        if T == 0 or len(actions) != T or rewards.shape != (T,) or f["dones"].shape not in ((T,), ()):
-            raise bad(f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, rewards "
-                      f"{rewards.shape}, dones {f['dones'].shape}")
+        if (
+            T == 0
+            or len(actions) != T
+            or rewards.shape != (T,)
+            or f["dones"].shape not in ((T,), ())
+        ):
+            raise bad(
+                f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, rewards "
+                f"{rewards.shape}, dones {f['dones'].shape}"
+            )
         image = states.dtype == np.uint8
-        if image and states.ndim != 4 or not image and (states.ndim != 2 or states.dtype.kind != "f"):
-            raise bad(f"states are {states.dtype} {states.shape}; expected float (T, S) or uint8 (T, C, 64, 64)")
+        if (
+            image
+            and states.ndim != 4
+            or not image
+            and (states.ndim != 2 or states.dtype.kind != "f")
+        ):
+            raise bad(
+                f"states are {states.dtype} {states.shape}; expected float (T, S) or uint8 "
+                "(T, C, 64, 64)"
+            )
         if not image:
             states = states[:].astype(np.float32)
         _check_values(bad, states, actions, rewards, image, card)
-        rtg = f["returns_to_go"][:] if "returns_to_go" in f else np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
+        rtg = (
+            f["returns_to_go"][:]
+            if "returns_to_go" in f
+            else np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
+        )
         if rtg.shape != (T,) or not np.isfinite(rtg).all():
             raise bad(f"returns_to_go {rtg.shape} are not {T} finite numbers")
     except (OSError, KeyError, RuntimeError) as error:
@@ -590,34 +661,49 @@ def open_trajectory(path, card=None):
     if not image:
         f.close()
     actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
-    return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32), f if image else None)
+    return Trajectory(
+        states, actions, rewards.astype(np.float32), rtg.astype(np.float32), f if image else None
+    )
 
 
 def _check_values(bad, states, actions, rewards, image, card):
     """Values and shapes of one trajectory; raises bad(reason)."""
     if not np.isfinite(rewards).all() or (not image and not np.isfinite(states).all()):
         raise bad("holds NaN or infinite states or rewards")
-    if actions.ndim == 1 and actions.dtype.kind not in "iu" or actions.ndim == 2 and actions.dtype.kind != "f" \
-            or actions.ndim > 2:
+    if (
+        actions.ndim == 1
+        and actions.dtype.kind not in "iu"
+        or actions.ndim == 2
+        and actions.dtype.kind != "f"
+        or actions.ndim > 2
+    ):
         raise bad(f"actions are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
     discrete = actions.ndim == 1
     low, high = (0, 17) if discrete else (-1.0, 1.0)
     if card and (card["action"]["kind"] == "discrete") != discrete:
-        raise bad(f"actions are {actions.dtype} {actions.shape}, but the card says {card['action']}")
+        raise bad(
+            f"actions are {actions.dtype} {actions.shape}, but the card says {card['action']}"
+        )
     if card and discrete:
         high = card["action"]["n"] - 1
     if card and not discrete and actions.shape[1] != card["action"]["dims"]:
-        raise bad(f"actions have {actions.shape[1]} dimensions, but the card says {card['action']['dims']}")
+        raise bad(
+            f"actions have {actions.shape[1]} dimensions, but the card says "
+            f"{card['action']['dims']}"
+        )
     if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
         raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
     # RGB becomes gray
     shape = (1, *states.shape[2:]) if image and states.shape[1] == 3 else states.shape[1:]
     if card and tuple(shape) != tuple(card["observation"]["shape"]):
-        raise bad(f"states are {states.shape[1:]} each, but the card says {tuple(card['observation']['shape'])}")
+        raise bad(
+            f"states are {states.shape[1:]} each, but the card says "
+            f"{tuple(card['observation']['shape'])}"
+        )
 
 
 def to_gray(images):
-    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (ITU-R BT.601)."""
+    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (BT.601)."""
     if images.shape[1] == 1:
         return images
     luma = np.einsum("tchw,c->thw", images, (0.299, 0.587, 0.114))
@@ -632,7 +718,9 @@ def load_card(folder):
         raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make "
                          f"{'/'.join(Path(folder).parts[-2:])}") from None
     except json.JSONDecodeError as error:
-        raise SystemExit(f"{folder}/task.json is not JSON ({error}); delete it and run data.py make again") from None
+        raise SystemExit(
+            f"{folder}/task.json is not JSON ({error}); delete it and run data.py make again"
+        ) from None
 
 
 def load_lengths(folder):
@@ -685,7 +773,9 @@ class Mixture:
         self.root, self.domains = Path(root), list(self.train)
         if not self.domains:
             raise SystemExit(f"nothing to train on among {', '.join(tasks)}")
-        self.weights = {d: np.array([n for _, _, n in rows], np.float64) for d, rows in self.train.items()}
+        self.weights = {
+            d: np.array([n for _, _, n in rows], np.float64) for d, rows in self.train.items()
+        }
 
     def get(self, task, stem):
         """The trajectory, validated at its first use and kept open; None if it is bad and on_bad is
@@ -699,9 +789,11 @@ class Mixture:
             trajectory = open_trajectory(path, self.cards[task])
         except BadTrajectory as error:
             if self.on_bad == "refuse":
-                raise SystemExit(f"malformed data: {error}\nrepair or delete it, or go on without it: "
-                                 "--on-bad skip. All faults at once: python data.py check "
-                                 f"{self.root}") from None
+                raise SystemExit(
+                    f"malformed data: {error}\nrepair or delete it, or go on without it: "
+                    "--on-bad skip. All faults at once: python data.py check "
+                    f"{self.root}"
+                ) from None
             if path not in self.bad:
                 print(f"skipped: {error}", file=sys.stderr)
                 self.bad.add(path)
@@ -729,8 +821,10 @@ class Mixture:
             states = trajectory.states[start:stop]
             states = to_gray(states) if states.ndim == 4 else states
         except OSError as error:
-            raise SystemExit(f"malformed data: {self.root / task / stem}.hdf5: cannot be read at step {start} "
-                             f"({error}); delete it, or see: python data.py check {self.root}") from None
+            raise SystemExit(
+                f"malformed data: {self.root / task / stem}.hdf5: cannot be read at step {start} "
+                f"({error}); delete it, or see: python data.py check {self.root}"
+            ) from None
         shifted = lambda x: np.concatenate([x[start - 1:start] if start else np.zeros_like(x[:1]),
                                             x[start:stop - 1]])
         rtg = trajectory.returns_to_go[start:stop]
@@ -738,10 +832,14 @@ class Mixture:
             rtg = np.full_like(rtg, card["target_return"])
         known = np.ones(stop - start, bool)
         known[0] = start > 0
-        return {"obs": prepare_states(states, card, self.standardise),
-                "reward": shifted(trajectory.rewards) / np.float32(card["reward_scale"]),
-                "rtg": rtg / np.float32(card["reward_scale"]), "action": trajectory.actions[start:stop],
-                "previous": shifted(trajectory.actions), "known": known}
+        return {
+            "obs": prepare_states(states, card, self.standardise),
+            "reward": shifted(trajectory.rewards) / np.float32(card["reward_scale"]),
+            "rtg": rtg / np.float32(card["reward_scale"]),
+            "action": trajectory.actions[start:stop],
+            "previous": shifted(trajectory.actions),
+            "known": known,
+        }
 
     def sample(self, domain, batch_size, context, seed, step):
         """A batch of random windows, see collate: trajectories in proportion to length, then any
@@ -789,11 +887,15 @@ def collate(windows, context):
         return out
     kinds = {(w["action"].ndim, w["obs"].ndim) for w in windows}
     if len(kinds) > 1:
-        raise SystemExit("a domain mixes discrete and continuous actions, or images and vectors: give its tasks "
-                         "two domain names")
+        raise SystemExit(
+            "a domain mixes discrete and continuous actions, or images and vectors: give its tasks "
+            "two domain names"
+        )
     for w in windows:
         w["mask"] = np.ones(w["action"].shape, bool)
-    return {key: stack(key) for key in ("obs", "reward", "rtg", "action", "previous", "known", "mask")}
+    return {
+        key: stack(key) for key in ("obs", "reward", "rtg", "action", "previous", "known", "mask")
+    }
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -833,12 +935,18 @@ def info(path):
             a = t.actions
             # Table 7 of the paper: mean squared difference, or how often it changes where actions
             # are discrete
-            differ.append((np.mean((a[1:] - a[:-1]) ** 2) if a.ndim == 2 else np.mean(a[1:] != a[:-1]))
-                          if len(a) > 1 else 0.0)
+            differ.append(
+                (np.mean((a[1:] - a[:-1]) ** 2) if a.ndim == 2 else np.mean(a[1:] != a[:-1]))
+                if len(a) > 1
+                else 0.0
+            )
         spread = f"{np.mean(returns):.1f} ({np.min(returns):.1f} to {np.max(returns):.1f})"
         kind = "squared diff." if a.ndim == 2 else "changes"
-        print(f"{'/'.join(folder.parts[-2:]):<36}{len(lengths):>9}{sum(lengths):>9}{np.mean(lengths):>8.0f}"
-              f"{spread:>28}{np.mean(differ):>8.3f} {kind}")
+        print(
+            f"{'/'.join(folder.parts[-2:]):<36}{len(lengths):>9}{sum(lengths):>9}"
+            f"{np.mean(lengths):>8.0f}"
+            f"{spread:>28}{np.mean(differ):>8.3f} {kind}"
+        )
 
 
 @dataclass

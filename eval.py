@@ -1,9 +1,10 @@
 """The worlds: task table, environments, one rollout loop, scores; as a program, it scores a
 checkpoint.
 
-    python eval.py --checkpoint runs/mlstm/checkpoint.pt                # needs nothing but the checkpoint
-    python eval.py --checkpoint ... --tasks metaworld/reach-v3 --episodes 50 --video reach.gif
-    python eval.py --list                                              # every task, and what is missing for it
+    python eval.py --checkpoint runs/mlstm/checkpoint.pt     # needs nothing but the checkpoint
+    python eval.py --checkpoint ... --tasks metaworld/reach-v3 --video reach.gif
+    python eval.py --compare runs/*/scores.json --output scores.png
+    python eval.py --list                                    # every task, and what is missing
 
 Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl,
 Atari (ALE), Dark-Room (Laskin et al., 2022). Each world keeps one contract:
@@ -24,6 +25,7 @@ et al., 2021, rliable).
 
 Not included: simulator processes in parallel, rendering of MuJoCo without an OpenGL library.
 """
+
 import difflib
 import importlib.util
 import io
@@ -318,23 +320,59 @@ class Domain:
 
 
 DOMAINS = {
-    "darkroom": Domain(make_darkroom, "gymnasium", "gymnasium", ("train",), ("heldout",),
-                       constant_rtg=80.0, episodes=80, steps=100),
-    "metaworld": Domain(make_metaworld, "metaworld", "metaworld==3.1.1 packaging",
-                        ("reach-v3", "door-open-v3", "drawer-close-v3", "button-press-topdown-v3",
-                         "window-open-v3", "push-v3", "pick-place-v3"), reward_scale=200.0),
-    "dmcontrol": Domain(make_dmcontrol, "dm_control", "dm-control==1.0.28",
-                        ("cartpole-balance", "cartpole-swingup", "point_mass-easy", "reacher-easy"),
-                        reward_scale=100.0, steps=1000),
-    "atari": Domain(make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless",
-                    ("freeway", "pong", "breakout"), reward_scale=20.0, clip_rewards=True, episodes=8,
-                    steps=2000),
+    "darkroom": Domain(
+        make_darkroom,
+        "gymnasium",
+        "gymnasium",
+        ("train",),
+        ("heldout",),
+        constant_rtg=80.0,
+        episodes=80,
+        steps=100,
+    ),
+    "metaworld": Domain(
+        make_metaworld,
+        "metaworld",
+        "metaworld==3.1.1 packaging",
+        (
+            "reach-v3",
+            "door-open-v3",
+            "drawer-close-v3",
+            "button-press-topdown-v3",
+            "window-open-v3",
+            "push-v3",
+            "pick-place-v3",
+        ),
+        reward_scale=200.0,
+    ),
+    "dmcontrol": Domain(
+        make_dmcontrol,
+        "dm_control",
+        "dm-control==1.0.28",
+        ("cartpole-balance", "cartpole-swingup", "point_mass-easy", "reacher-easy"),
+        reward_scale=100.0,
+        steps=1000,
+    ),
+    "atari": Domain(
+        make_atari,
+        "ale_py",
+        "ale-py==0.12.1 opencv-python-headless",
+        ("freeway", "pong", "breakout"),
+        reward_scale=20.0,
+        clip_rewards=True,
+        episodes=8,
+        steps=2000,
+    ),
 }
 
 
 def all_tasks():
     """The table as names "domain/task"."""
-    return [f"{name}/{task}" for name, domain in DOMAINS.items() for task in domain.tasks + domain.heldout]
+    return [
+        f"{name}/{task}"
+        for name, domain in DOMAINS.items()
+        for task in domain.tasks + domain.heldout
+    ]
 
 
 def split_task(task):
@@ -345,8 +383,11 @@ def split_task(task):
     if domain in DOMAINS and name:
         return DOMAINS[domain], name
     near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3)
-    raise SystemExit(f"task {task!r} does not exist; tasks are named domain/task" +
-                     (f", for example {', '.join(near)}" if near else "") + ". See: python eval.py --list")
+    raise SystemExit(
+        f"task {task!r} does not exist; tasks are named domain/task"
+        + (f", for example {', '.join(near)}" if near else "")
+        + ". See: python eval.py --list"
+    )
 
 
 def is_available(task):
@@ -363,7 +404,9 @@ def make_env(task, render=False):
     domain, name = split_task(task)
     missing = is_available(task)
     if missing:
-        raise SystemExit(f"{task} needs a simulator that is not installed; install it with: {missing}")
+        raise SystemExit(
+            f"{task} needs a simulator that is not installed; install it with: {missing}"
+        )
     try:
         return domain.make(name, render)
     except ValueError as error:
@@ -405,7 +448,9 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
             lives, success = info.get("lives", np.zeros(n, int)), info.get("success", np.zeros(n))
             for row in np.flatnonzero(active):
                 state = np.array(obs[row]) if keep_states else None
-                logs[row].append((state, np.array(action[row]), reward[row], lives[row], success[row]))
+                logs[row].append(
+                    (state, np.array(action[row]), reward[row], lives[row], success[row])
+                )
             advance(int(active.sum()))
             obs, done = next_obs, terminated | truncated
             for row in np.flatnonzero(done & active):
@@ -423,8 +468,15 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
 
 def _episode(seed, log, terminated, keep_states):
     states, actions, rewards, lives, success = zip(*log)
-    return Episode(seed, np.stack(states) if keep_states else None, np.stack(actions),
-                   np.array(rewards, np.float32), np.array(lives, np.int64), any(success), terminated)
+    return Episode(
+        seed,
+        np.stack(states) if keep_states else None,
+        np.stack(actions),
+        np.array(rewards, np.float32),
+        np.array(lives, np.int64),
+        any(success),
+        terminated,
+    )
 
 
 def random_policy(envs, seed=0):
@@ -432,7 +484,9 @@ def random_policy(envs, seed=0):
     space, rng = envs.single_action_space, np.random.default_rng(seed)
     if isinstance(space, gym.spaces.Discrete):
         return lambda obs, reward, done: rng.integers(space.n, size=len(done))
-    return lambda obs, reward, done: rng.uniform(-1, 1, (len(done), *space.shape)).astype(np.float32)
+    return lambda obs, reward, done: rng.uniform(-1, 1, (len(done), *space.shape)).astype(
+        np.float32
+    )
 
 
 def constant_policy(envs, action):
@@ -496,45 +550,63 @@ def summarise(results):
             "best_constant_action": result.get("constant"),
         }
         if result.get("constant"):
-            tasks[task]["constant_score"] = float(normalise(result["constant"]["mean_return"], card))
+            tasks[task]["constant_score"] = float(
+                normalise(result["constant"]["mean_return"], card)
+            )
     trained = [t for t in tasks if not tasks[t]["heldout"]]
     summary = {"tasks": tasks}
     if trained:
         chosen, domains = [groups[t] for t in trained], [t.split("/")[0] for t in trained]
-        summary["domains"] = {d: mean_over_domains([g for g, e in zip(chosen, domains) if e == d], [d] * len(
-            [e for e in domains if e == d])) for d in dict.fromkeys(domains)}
+        summary["domains"] = {
+            d: mean_over_domains(
+                [g for g, e in zip(chosen, domains) if e == d],
+                [d] * len([e for e in domains if e == d]),
+            )
+            for d in dict.fromkeys(domains)
+        }
         summary["mean_over_domains"] = mean_over_domains(chosen, domains)
-        summary["interval"] = bootstrap_interval(chosen, partial(mean_over_domains, domains=domains))
+        summary["interval"] = bootstrap_interval(
+            chosen, partial(mean_over_domains, domains=domains)
+        )
         summary["interquartile_mean"] = interquartile_mean(chosen)
     return summary
 
 
 def format_table(summary):
     """The summary as a table for people."""
-    lines = [f"{'task':<34}{'return':>9}{'random':>9}{'expert':>9}{'score':>8}   95 % interval  {'constant':>9}"]
+    heading = f"{'task':<34}{'return':>9}{'random':>9}{'expert':>9}{'score':>8}"
+    lines = [heading + f"   95 % interval  {'constant':>9}"]
     for task, row in summary["tasks"].items():
         constant = f"{row['constant_score']:.2f}" if "constant_score" in row else ""
         low, high = row["interval"]
         name = task + (" (held out)" if row["heldout"] else "")
-        lines.append(f"{name:<34}{row['mean_return']:>9.1f}{row['random_return']:>9.1f}"
-                     f"{row['reference_return']:>9.1f}{row['score']:>8.2f}   {low:>5.2f} to {high:<5.2f} "
-                     f"{constant:>9}")
+        lines.append(
+            f"{name:<34}{row['mean_return']:>9.1f}{row['random_return']:>9.1f}"
+            f"{row['reference_return']:>9.1f}{row['score']:>8.2f}   {low:>5.2f} to {high:<5.2f} "
+            f"{constant:>9}"
+        )
     if "mean_over_domains" in summary:
         lines += ["", "  ".join(f"{d} {s:.2f}" for d, s in summary["domains"].items())]
         low, high = summary["interval"]
-        lines.append(f"mean over domains {summary['mean_over_domains']:.3f} ({low:.3f} to {high:.3f}), "
-                     f"interquartile mean over episodes {summary['interquartile_mean']:.3f}; "
-                     "1 = expert, 0 = random; held-out tasks not in the means")
+        lines.append(
+            f"mean over domains {summary['mean_over_domains']:.3f} ({low:.3f} to {high:.3f}), "
+            f"interquartile mean over episodes {summary['interquartile_mean']:.3f}; "
+            "1 = expert, 0 = random; held-out tasks not in the means"
+        )
     return "\n".join(lines)
 
 
-def score_task(model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None):
+def score_task(
+    model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None
+):
     """Play a model on one task: its returns, and those of the best constant action on the same
     seeds.
     """
     from lram import Agent
     seeds = [seed + k for k in range(episodes)]
-    play = partial(rollout, partial(make_env, task), seeds=seeds, num_envs=num_envs, keep_states=False)
+    play = partial(
+        rollout, partial(make_env, task), seeds=seeds, num_envs=num_envs, keep_states=False
+    )
     agent = Agent(model, card, seed=seed, **agent_options)
     played = list(play(partial(agent_policy, agent=agent), advance=advance))
     result = {"returns": [float(e.rewards.sum()) for e in played], "card": card,
@@ -557,8 +629,16 @@ def _score_in_worker(weights, config, *args):
     return score_task(model, *args)
 
 
-def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=False, processes=None,
-             **agent_options):
+def evaluate(
+    model,
+    cards,
+    episodes=None,
+    seed=EVALUATION_SEED,
+    num_envs=20,
+    quiet=False,
+    processes=None,
+    **agent_options,
+):
     """Score a model on the tasks of cards ({task: card}); returns the content of scores.json.
 
     agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is
@@ -570,27 +650,49 @@ def evaluate(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, qui
     from tqdm import tqdm
     counts = {t: episodes or split_task(t)[0].episodes for t in cards if not is_available(t)}
     for task in cards.keys() - counts.keys():
-        print(f"{task} left out: its simulator is not installed ({is_available(task)})", file=sys.stderr)
+        print(
+            f"{task} left out: its simulator is not installed ({is_available(task)})",
+            file=sys.stderr,
+        )
     cost = {task: n * split_task(task)[0].steps for task, n in counts.items()}
     on_cpu = next(model.parameters()).device.type == "cpu"
     worth = on_cpu and len(counts) > 1 and sum(cost.values()) > 20_000
     processes = processes or (min(os.cpu_count() or 1, 8) if worth else 1)
     results = dict.fromkeys(counts)
-    with tqdm(total=sum(cost.values()), desc="evaluate", unit="step", unit_scale=True, disable=quiet,
-              leave=False, mininterval=0.5) as bar:
+    with tqdm(
+        total=sum(cost.values()),
+        desc="evaluate",
+        unit="step",
+        unit_scale=True,
+        disable=quiet,
+        leave=False,
+        mininterval=0.5,
+    ) as bar:
         if processes == 1:
             for task, n in counts.items():
                 bar.set_postfix_str(task)
-                results[task] = score_task(model, task, cards[task], n, seed, num_envs, agent_options,
-                                           bar.update)
+                results[task] = score_task(
+                    model, task, cards[task], n, seed, num_envs, agent_options, bar.update
+                )
             return summarise(results)
         weights = io.BytesIO()
         torch.save(model.state_dict(), weights)
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             longest_first = sorted(counts, key=cost.get, reverse=True)
-            futures = {pool.submit(_score_in_worker, weights.getvalue(), model.config, task, cards[task],
-                                   counts[task], seed, num_envs, agent_options): task
-                       for task in longest_first}
+            futures = {
+                pool.submit(
+                    _score_in_worker,
+                    weights.getvalue(),
+                    model.config,
+                    task,
+                    cards[task],
+                    counts[task],
+                    seed,
+                    num_envs,
+                    agent_options,
+                ): task
+                for task in longest_first
+            }
             for future in as_completed(futures):
                 task = futures[future]
                 results[task] = future.result()
@@ -666,11 +768,22 @@ def compare(paths, output):
     """Several scores.json -> a Markdown table on stdout, and a picture if output is given."""
     runs = {path.parent.name: json.loads(path.read_text()) for path in paths}
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
-    print("| task | " + " | ".join(runs) + " | best constant action |\n" + "|---" * (len(runs) + 2) + "|")
+    print(
+        "| task | "
+        + " | ".join(runs)
+        + " | best constant action |\n"
+        + "|---" * (len(runs) + 2)
+        + "|"
+    )
     for task in tasks:
         rows = [run["tasks"].get(task) for run in runs.values()]
-        cells = [f"{r['score']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})" if r else "-" for r in rows]
-        constant = next((f"{r['constant_score']:.2f}" for r in rows if r and "constant_score" in r), "")
+        cells = [
+            f"{r['score']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})" if r else "-"
+            for r in rows
+        ]
+        constant = next(
+            (f"{r['constant_score']:.2f}" for r in rows if r and "constant_score" in r), ""
+        )
         held = " (held out)" if any(r and r["heldout"] for r in rows) else ""
         print(f"| {task}{held} | " + " | ".join(cells) + f" | {constant} |")
     means = [f"**{r['mean_over_domains']:.3f}** ({r['interval'][0]:.3f} to {r['interval'][1]:.3f})"
@@ -684,11 +797,20 @@ def compare(paths, output):
     figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
     width, x = 0.8 / len(runs), np.arange(len(tasks) + 1)
     for k, (name, run) in enumerate(runs.items()):
-        rows = [run["tasks"].get(task) for task in tasks] + [{"score": run["mean_over_domains"], **run}]
+        rows = [run["tasks"].get(task) for task in tasks] + [
+            {"score": run["mean_over_domains"], **run}
+        ]
         y = np.array([r["score"] if r else np.nan for r in rows])
         ends = np.array([r["interval"] if r else (np.nan, np.nan) for r in rows]).T
-        axis.bar(x + (k - (len(runs) - 1) / 2) * width, y, width, label=name, yerr=np.abs(ends - y), capsize=2,
-                 error_kw={"elinewidth": 1})
+        axis.bar(
+            x + (k - (len(runs) - 1) / 2) * width,
+            y,
+            width,
+            label=name,
+            yerr=np.abs(ends - y),
+            capsize=2,
+            error_kw={"elinewidth": 1},
+        )
     for k, task in enumerate(tasks):
         row = next(run["tasks"][task] for run in runs.values() if task in run["tasks"])
         if "constant_score" in row:
@@ -696,7 +818,9 @@ def compare(paths, output):
                       label="best constant action" if k == 0 else None)
     axis.axhline(1.0, color="gray", linewidth=0.8)
     axis.axvline(len(tasks) - 0.5, color="gray", linewidth=0.8)
-    labels = [task.replace("/", "/\n").removesuffix("-v3") for task in tasks] + ["mean over\ndomains"]
+    labels = [task.replace("/", "/\n").removesuffix("-v3") for task in tasks] + [
+        "mean over\ndomains"
+    ]
     axis.set_xticks(x, labels, rotation=0, fontsize=7)
     axis.set_ylabel("score (0 random, 1 expert)")
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), None)
@@ -711,8 +835,10 @@ def choose_cards(cards, tasks):
     for task in tasks:
         if task not in cards:
             near = difflib.get_close_matches(task, cards, n=1, cutoff=0.0)
-            raise SystemExit(f"this checkpoint has no card for {task!r}: it was trained on {', '.join(cards)}. "
-                             f"Nearest: {near[0]}")
+            raise SystemExit(
+                f"this checkpoint has no card for {task!r}: it was trained on {', '.join(cards)}. "
+                f"Nearest: {near[0]}"
+            )
     return {task: cards[task] for task in tasks or cards}
 
 
@@ -725,20 +851,29 @@ def main(args):
     if args.compare:
         return compare(args.compare, args.output)
     if args.checkpoint is None:
-        raise SystemExit("give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list")
+        raise SystemExit(
+            "give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list"
+        )
     from lram import Agent, choose_device, count_parameters, load_checkpoint, model_from_checkpoint
     device, _, reason = choose_device(args.device)
     payload = load_checkpoint(args.checkpoint, device)
     model = model_from_checkpoint(payload, device)
     cards = choose_cards(payload["cards"], args.tasks)
-    print(f"{args.checkpoint}: {model.config.backbone} {model.config.size}, {count_parameters(model):,} parameters, "
-          f"step {payload.get('step', '?')}; device {reason}")
-    options = dict(context=args.context, temperature=args.temperature, target_return=args.target_return)
+    print(
+        f"{args.checkpoint}: {model.config.backbone} {model.config.size}, "
+        f"{count_parameters(model):,} parameters, step {payload.get('step', '?')}; device {reason}"
+    )
+    options = dict(
+        context=args.context, temperature=args.temperature, target_return=args.target_return
+    )
     if args.video:
         task = next(iter(cards))
-        return record_video(Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed)
-    summary = evaluate(model, cards, args.episodes, args.seed, args.num_envs, processes=args.processes,
-                       **options)
+        return record_video(
+            Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed
+        )
+    summary = evaluate(
+        model, cards, args.episodes, args.seed, args.num_envs, processes=args.processes, **options
+    )
     print(format_table(summary))
     if args.output:
         args.output.write_text(json.dumps(summary, indent=1))

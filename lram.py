@@ -4,7 +4,7 @@ action head, acting.
 Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and
 appendix C.
 
-    python lram.py      # builds every backbone at every size, prints parameters and state bytes, checks act()
+    python lram.py      # every backbone at every size: parameters, bytes of state; checks act()
 
     world --(observation, reward)--> tokens --> backbone --> action distribution --(action)--> world
 
@@ -16,12 +16,15 @@ number of tokens: training passes a window of 3C tokens with state None, acting 
 the state of the step before.
 
 Glossary (the same letters in every file of this project)
-    B batch    C context in environment steps    T = 3C tokens    D model width    H heads    S observation width
-    A          action dimensions of a task (at most 8)    R_t  return-to-go, the return still to be collected
-    card       what is known of a task (task.json): reward scale, target return, action spec, statistics, scores
+    B batch    C context in environment steps    T = 3C tokens    D model width    H heads
+    S          observation width          A   action dimensions of a task (at most 8)
+    R_t        return-to-go, the return still to be collected
+    card       what is known of a task (task.json): reward scale, target return, action spec,
+               statistics of observations, scores of the expert and of the random policy
 
 Not included: compiled and quantised acting, export (eval.py --fast), GPU kernels (kernels.py).
 """
+
 import dataclasses
 import os
 import pickle
@@ -81,13 +84,17 @@ class Config:
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone {self.backbone!r} does not exist; choose from {', '.join(BACKBONES)}")
+            raise ValueError(
+                f"backbone {self.backbone!r} does not exist; choose from {', '.join(BACKBONES)}"
+            )
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r} does not exist; choose from {', '.join(SIZES)}")
         dim, recurrent, gpt_layers, gpt_heads, slstm_at = SIZES[self.size]
         is_gpt = self.backbone == "gpt"
         if is_gpt and gpt_layers is None:
-            raise ValueError(f"size {self.size!r} is for recurrent backbones; gpt has {self.size[:-5]!r}")
+            raise ValueError(
+                f"size {self.size!r} is for recurrent backbones; gpt has {self.size[:-5]!r}"
+            )
         self.dim = dim if self.dim is None else self.dim
         self.layers = (gpt_layers if is_gpt else recurrent) if self.layers is None else self.layers
         self.heads = (gpt_heads if is_gpt else 4) if self.heads is None else self.heads
@@ -97,9 +104,13 @@ class Config:
         self.slstm_at = tuple(default_at if self.slstm_at is None else self.slstm_at)
         self.tokens, self.cnn = tuple(self.tokens), tuple(self.cnn)
         if any(layer not in everywhere for layer in self.slstm_at):
-            raise ValueError(f"slstm_at {self.slstm_at}: layers are numbered 0 to {self.layers - 1}")
+            raise ValueError(
+                f"slstm_at {self.slstm_at}: layers are numbered 0 to {self.layers - 1}"
+            )
         if list(self.tokens) != [x for x in TOKENS if x in self.tokens] or "s" not in self.tokens:
-            raise ValueError(f"tokens {self.tokens}: give a part of {TOKENS} that holds 's', in this order")
+            raise ValueError(
+                f"tokens {self.tokens}: give a part of {TOKENS} that holds 's', in this order"
+            )
 
     @property
     def max_tokens(self):
@@ -126,8 +137,14 @@ class Backbone(nn.Module):
             blocks = [MambaBlock(D, L, p) for _ in range(L)]
             self.norm = nn.RMSNorm(D, eps=1e-5)
         else:
-            blocks = [SLSTMBlock(D, H, L, layer, p) if layer in config.slstm_at else MLSTMBlock(D, H, L, p)
-                      for layer in range(L)]
+            blocks = [
+                (
+                    SLSTMBlock(D, H, L, layer, p)
+                    if layer in config.slstm_at
+                    else MLSTMBlock(D, H, L, p)
+                )
+                for layer in range(L)
+            ]
             self.norm = nn.LayerNorm(D, bias=False)
         self.blocks = nn.ModuleList(blocks)
 
@@ -136,7 +153,7 @@ class Backbone(nn.Module):
         return tuple(block.initial_state(batch_size, device, dtype) for block in self.blocks)
 
     def forward(self, x, state=None):
-        """x (B, T, D), state of a previous call or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks)):
             x, block_state = block(x, block_state)
@@ -148,7 +165,9 @@ class Backbone(nn.Module):
         NaN.
         """
         fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
-        pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+        pick = lambda new, old: torch.where(
+            done.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old
+        )
         return tuple(tuple(map(pick, new, old)) for new, old in zip(fresh, state))
 
 
@@ -162,7 +181,9 @@ class ImpalaCNN(nn.Module):
         super().__init__()
         stages, c_in = [], 1
         for c in channels:
-            convs = [nn.Conv2d(c_in, c, 3, padding=1)] + [nn.Conv2d(c, c, 3, padding=1) for _ in range(4)]
+            convs = [nn.Conv2d(c_in, c, 3, padding=1)] + [
+                nn.Conv2d(c, c, 3, padding=1) for _ in range(4)
+            ]
             stages.append(nn.ModuleList(convs))
             c_in = c
         self.stages = nn.ModuleList(stages)
@@ -252,23 +273,31 @@ class LRAM(nn.Module):
         if done is not None and state is not None:
             state = self.backbone.reset(state, done)
         last_action = None if last_action is None else last_action[:, None]
-        logits, state = self(obs[:, None], reward[:, None], rtg[:, None], action_dims, last_action, state)
+        logits, state = self(
+            obs[:, None], reward[:, None], rtg[:, None], action_dims, last_action, state
+        )
         return logits[:, 0], state
 
     def parameter_groups(self, weight_decay):
-        """For AdamW: decay on matrices; none on biases, norms, recurrent weights and Mamba's A_log."""
+        """For AdamW: decay on matrices, none on biases, norms, recurrent weights and A_log."""
         decay, rest = [], []
         for name, p in self.named_parameters():
             leaf = name.split(".")[-1]
             (decay if p.dim() >= 2 and leaf not in ("bias", "R", "A_log") else rest).append(p)
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
 
 
 # ----------------------------------------------------------------------------------- actions, loss
 def action_to_bin(action):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
-    return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) if isinstance(action, np.ndarray) \
+    return (
+        ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64)
+        if isinstance(action, np.ndarray)
         else ((action + 1) * (BINS / 2)).clamp(0, BINS - 1).long()
+    )
 
 
 def bin_to_action(index):
@@ -321,17 +350,19 @@ class Agent:
     the context.
 
     context says what happens in episodes longer than the windows of training (C steps):
-        carry     the state runs on through the whole episode, cost constant            (recurrent backbones)
-        window    the last C steps recomputed at every step, C times the cost           (any; the public code's)
-        stagger   two states, each restarted every C steps, half a window apart; the older acts: constant cost,
-                  context between C/2 and C                                             (any; the default of gpt)
+        carry     the state runs on through the whole episode, cost constant (recurrent backbones)
+        window    the last C steps recomputed at every step, C times the cost (the public code's)
+        stagger   two states, each restarted every C steps, half a window apart; the older acts:
+                  constant cost, context between C/2 and C (the default of gpt)
     """
 
     def __init__(self, model, card, context=None, target_return=None, temperature=0.0, seed=0):
         self.model, self.card, self.config = model.eval(), card, model.config
         self.context = context or ("stagger" if self.config.backbone == "gpt" else "carry")
         if self.context not in ("carry", "window", "stagger"):
-            raise ValueError(f"context {self.context!r} does not exist; choose carry, window or stagger")
+            raise ValueError(
+                f"context {self.context!r} does not exist; choose carry, window or stagger"
+            )
         self.device = next(model.parameters()).device
         self.action_dims = card["action"].get("dims", 0)
         self.scale = card["reward_scale"]
@@ -378,7 +409,9 @@ class Agent:
         return (reward / self.scale).astype(np.float32)
 
     def _carry(self, obs, reward, rtg, last, done):
-        logits, self.state = self.model.act(obs, reward, rtg, self.action_dims, last, self.state, done)
+        logits, self.state = self.model.act(
+            obs, reward, rtg, self.action_dims, last, self.state, done
+        )
         return logits
 
     def _stagger(self, obs, reward, rtg, last, done):
@@ -388,8 +421,9 @@ class Agent:
         # (2, B)
         age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])
         twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
-        logits, self.state = self.model.act(*twice, self.action_dims, torch.cat([last, last]), self.state,
-                                            (age == 0).flatten())
+        logits, self.state = self.model.act(
+            *twice, self.action_dims, torch.cat([last, last]), self.state, (age == 0).flatten()
+        )
         first, second = logits.chunk(2)
         older = (age[0] >= age[1]).view(-1, *[1] * (first.dim() - 1))
         return torch.where(older, first, second)
@@ -421,7 +455,9 @@ class Agent:
             logits = logits[:, :self.card["action"]["n"]]
         if self.temperature > 0:
             p = (logits / self.temperature).softmax(-1)
-            index = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(p.shape[:-1])
+            index = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(
+                p.shape[:-1]
+            )
         else:
             index = logits.argmax(-1)
         index = index.cpu().numpy()
@@ -437,8 +473,10 @@ def save_checkpoint(path, payload):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path} ({error}); the last good checkpoint is untouched. Free some space "
-                         "and run again with --resume") from error
+        raise SystemExit(
+            f"cannot write {path} ({error}); the last good checkpoint is untouched. Free some "
+            "space and run again with --resume"
+        ) from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -448,13 +486,19 @@ def load_checkpoint(path, device="cpu"):
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"no checkpoint at {path}; train one with: python train.py --backbone mlstm") from None
+        raise SystemExit(
+            f"no checkpoint at {path}; train one with: python train.py --backbone mlstm"
+        ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise SystemExit(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error)[:120]}); "
-                         "it may be truncated: copy or train it again") from None
+        raise SystemExit(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error)[:120]}); "
+            "it may be truncated: copy or train it again"
+        ) from None
     missing = [key for key in ("model", "model_config", "cards") if key not in payload]
     if missing:
-        raise SystemExit(f"{path} holds no {', '.join(missing)}: it was not written by this project's train.py")
+        raise SystemExit(
+            f"{path} holds no {', '.join(missing)}: it was not written by this project's train.py"
+        )
     return payload
 
 
@@ -485,11 +529,18 @@ def count_parameters(module):
 
 def state_bytes(state):
     """Bytes of a state, nested tuples of tensors."""
-    return sum(map(state_bytes, state)) if isinstance(state, tuple) else state.numel() * state.element_size()
+    return (
+        sum(map(state_bytes, state))
+        if isinstance(state, tuple)
+        else state.numel() * state.element_size()
+    )
 
 
 def _self_check():
-    print(f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}{'state, kB':>11}")
+    print(
+        f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}"
+        f"{'state, kB':>11}"
+    )
     for size in SIZES:
         for name in BACKBONES:
             if name == "gpt" and size.endswith("half"):
@@ -498,8 +549,11 @@ def _self_check():
                 config = Config(name, size)
                 model = LRAM(config)
                 state = state_bytes(model.backbone.initial_state(1, "meta"))
-            print(f"{size:<10}{name:<9}{config.dim:>5}{config.layers:>7}{count_parameters(model.backbone):>15,}"
-                  f"{count_parameters(model):>13,}{state / 1e3:>11,.0f}")
+            print(
+                f"{size:<10}{name:<9}{config.dim:>5}{config.layers:>7}"
+                f"{count_parameters(model.backbone):>15,}"
+                f"{count_parameters(model):>13,}{state / 1e3:>11,.0f}"
+            )
     torch.manual_seed(0)
     for name in BACKBONES:
         model = LRAM(Config(name, "tiny", context=20)).double().eval()
@@ -513,7 +567,9 @@ def _self_check():
                 steps.append(logits)
         error = (torch.stack(steps, 1) - whole).abs().max().item()
         assert error < 1e-10, error
-        print(f"{name:<6} 20 calls of act() give the logits of one call on the window ({error:.0e})")
+        print(
+            f"{name:<6} 20 calls of act() give the logits of one call on the window ({error:.0e})"
+        )
 
 
 if __name__ == "__main__":
