@@ -509,6 +509,7 @@ def _plan(task, folder, episodes):
     seeds = [s for s in range(wanted) if not (folder / f"{s:06d}.hdf5").exists()]
     if not seeds and (folder / "task.json").exists():
         return []
+    (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     chunk = 2 if task.startswith("atari") else 10
     plan = [
         (_make_episodes, (str(folder), seeds[i : i + chunk])) for i in range(0, len(seeds), chunk)

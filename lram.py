@@ -28,6 +28,7 @@ Not included: compiled and quantised acting, export (eval.py --fast), GPU kernel
 import dataclasses
 import os
 import pickle
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -570,6 +571,21 @@ def _self_check():
         print(
             f"{name:<6} 20 calls of act() give the logits of one call on the window ({error:.0e})"
         )
+    torch.set_num_threads(1)
+    for size in ("tiny", "16m"):
+        times = ", ".join(f"{name} {_act_milliseconds(name, size):.1f}" for name in BACKBONES)
+        print(f"act(), {size}, one environment, one CPU thread, eager, median ms per step: {times}")
+
+
+def _act_milliseconds(name, size, steps=40):
+    model, state = LRAM(Config(name, size)).eval(), None
+    obs, scalar, times = torch.randn(1, 39), torch.zeros(1), []
+    with torch.no_grad():
+        for _ in range(steps):
+            started = time.perf_counter()
+            _, state = model.act(obs, scalar, scalar, 4, state=state)
+            times.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(times[5:]))
 
 
 if __name__ == "__main__":

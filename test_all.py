@@ -1325,6 +1325,26 @@ def test_checkpoints_are_refused_with_a_reason(tmp_path):
         lram.load_checkpoint(tmp_path / "code.pt")
 
 
+def test_a_task_that_the_checkpoint_does_not_know(tmp_path):
+    """Refused with what it was trained on, and the nearest."""
+    cards = {"metaworld/reach-v3": 1, "atari/freeway": 2}
+    assert worlds.choose_cards(cards, ("atari/freeway",)) == {"atari/freeway": 2}
+    with pytest.raises(SystemExit, match="trained on metaworld/reach-v3.*Nearest: atari/freeway"):
+        worlds.choose_cards(cards, ("atari/freewy",))
+
+
+def test_missing_simulators_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    """With the line that installs them; everything else goes on."""
+    found = worlds.importlib.util.find_spec
+    hidden = lambda name: None if name == "metaworld" else found(name)
+    monkeypatch.setattr(worlds.importlib.util, "find_spec", hidden)
+    with pytest.raises(SystemExit, match="pip install metaworld"):
+        worlds.make_env("metaworld/reach-v3")
+    tasks = ["metaworld/reach-v3", "darkroom/train"]
+    assert data.make(tasks, tmp_path, episodes=2, processes=1) == ["darkroom/train"]
+    assert "metaworld/reach-v3 left out" in capsys.readouterr().err
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     """Writing fails halfway: the old file stands and no half-written one is left."""
     path = tmp_path / "c.pt"
@@ -1386,45 +1406,31 @@ def readme_commands():
     )
 
 
+def quick_form(script, rest):
+    """The arguments of a README command with few steps and episodes, and one small domain."""
+    if script == "train.py":
+        quick = {"--steps": "2", "--episodes": "1", "--episodes-per-task": "3", "--batch-size": "2"}
+        for flag in quick:
+            if flag in rest:
+                del rest[rest.index(flag):rest.index(flag) + 2]
+        tasks = [] if "--resume" in rest else ["--tasks", "darkroom/train", "darkroom/heldout"]
+        return rest + tasks + [word for pair in quick.items() for word in pair]
+    if script == "eval.py" and "--checkpoint" in rest:
+        return [*rest, "--episodes", "1"]
+    if script == "data.py" and rest == ["make"]:
+        return ["make", "darkroom/train", "--episodes", "1"]
+    return rest
+
+
 def test_readme_commands_run(tmp_path):
     """In order, in one folder, each in its quick form: few steps and episodes, one domain."""
-    quick = {
-        "train.py": [
-            "--steps",
-            "2",
-            "--episodes-per-task",
-            "3",
-            "--episodes",
-            "1",
-            "--batch-size",
-            "2",
-            "--dtype",
-            "float32",
-        ],
-        "eval.py": ["--episodes", "1"],
-        "data.py": [],
-    }
     commands = readme_commands()
-    assert len(commands) >= 5
+    assert len(commands) >= 10
     for command in commands:
         script, *rest = command.split()[1:]
-        extra = list(quick.get(script, []))
-        if script == "train.py":
-            if "--tasks" not in rest:
-                extra += ["--tasks", "darkroom/train", "darkroom/heldout"]
-            for flag in ("--steps", "--episodes"):
-                if flag in rest:
-                    at = extra.index(flag)
-                    del extra[at:at + 2]
-            rest = ["16m" if r.endswith("m") and r[:-1].isdigit() else r for r in rest]
-        if script == "data.py" and rest[:1] == ["make"]:
-            extra = ["--episodes", "1"] if "--episodes" not in rest else []
-            rest = (
-                rest
-                if len(rest) > 1 and not rest[1].startswith("--")
-                else ["make", "darkroom/train", *rest[1:]]
-            )
-        done = run(REPOSITORY / script, *rest, *extra, cwd=tmp_path)
+        done = run(REPOSITORY / script, *quick_form(script, rest), cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     scores = json.loads((tmp_path / "runs/mlstm/scores.json").read_text())
     assert np.isfinite(scores["mean_over_domains"])
+    assert (tmp_path / "dark.gif").read_bytes()[:3] == b"GIF"
+    assert (tmp_path / "scores.png").read_bytes()[1:4] == b"PNG"
