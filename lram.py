@@ -1,30 +1,29 @@
-"""LRAM: encoders, the 3-token stream, a backbone of any of the four block families, one shared
-action head, acting.
+"""LRAM: encoders, the 3-token stream, any of four block families, one shared action head, acting.
 
 Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and
 appendix C.
 
-    python lram.py      # every backbone at every size: parameters, bytes of state; checks act()
+    python lram.py      # builds every backbone at every size, prints parameters and state bytes,
+                        # checks act()
 
     world --(observation, reward)--> tokens --> backbone --> action distribution --(action)--> world
 
-One environment step is one chunk of tokens [r_{t-1}, s_t, R_t]: the reward of the step before (0 at
-first), the observation, the return-to-go; the action a_t is read off the last of them. No action
-enters the context (the copycat problem), so a policy that acts sees exactly the stream that it was
-trained on. Everything that holds a sequence obeys one contract, y, state = f(x, state), for any
-number of tokens: training passes a window of 3C tokens with state None, acting passes 3 tokens and
-the state of the step before.
+One environment step is one chunk of tokens [r_{t-1}, s_t, R_t]: the reward of the step before (0
+at first), the observation, the return-to-go; the action a_t is read off the last of them. No
+action enters the context (the copycat problem), so a policy that acts sees exactly the stream that
+it was trained on. Everything that holds a sequence obeys one contract, y, state = f(x, state), for
+any number of tokens: training passes a window of 3C tokens with state None, acting passes 3 tokens
+and the state of the step before.
 
 Glossary (the same letters in every file of this project)
     B batch    C context in environment steps    T = 3C tokens    D model width    H heads
-    S          observation width          A   action dimensions of a task (at most 8)
+    S observation width    A action dimensions of a task (at most 8)
     R_t        return-to-go, the return still to be collected
     card       what is known of a task (task.json): reward scale, target return, action spec,
-               statistics of observations, scores of the expert and of the random policy
+               statistics, scores
 
 Not included: compiled and quantised acting, export (eval.py --fast), GPU kernels (kernels.py).
 """
-
 import dataclasses
 import os
 import pickle
@@ -67,9 +66,7 @@ SIZES = {
 
 @dataclass
 class Config:
-    """Everything that shapes the model. None: taken from the size (see SIZES). Written into every
-    checkpoint.
-    """
+    """What shapes the model, written into every checkpoint. None: taken from the size (SIZES)."""
     backbone: str = "mlstm"
     size: str = "tiny"
     dim: int | None = None              # D
@@ -77,25 +74,22 @@ class Config:
     heads: int | None = None            # of mLSTM, sLSTM (4 by default) and attention
     slstm_at: tuple | None = None       # which layers of xlstm are sLSTM blocks, counted from 0
     context: int = 50                   # C: window of training; gpt holds no more than this
-    # one step's tokens, in this order; "a" in front: the last action
-    tokens: tuple = ("r", "s", "rtg")
+    tokens: tuple = ("r", "s", "rtg")   # one step's tokens, in order; "a" in front: the last action
     dropout: float = 0.0
     cnn: tuple = (16, 32, 32)           # channels of the three image stages
     standardise: bool = False           # per-task mean 0 and deviation 1 of observations
 
     def __post_init__(self):
         if self.backbone not in BACKBONES:
-            raise ValueError(
-                f"backbone {self.backbone!r} does not exist; choose from {', '.join(BACKBONES)}"
-            )
+            raise ValueError(f"backbone {self.backbone!r} does not exist; "
+                             f"choose from {', '.join(BACKBONES)}")
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r} does not exist; choose from {', '.join(SIZES)}")
         dim, recurrent, gpt_layers, gpt_heads, slstm_at = SIZES[self.size]
         is_gpt = self.backbone == "gpt"
         if is_gpt and gpt_layers is None:
-            raise ValueError(
-                f"size {self.size!r} is for recurrent backbones; gpt has {self.size[:-5]!r}"
-            )
+            raise ValueError(f"size {self.size!r} is for recurrent backbones; "
+                             f"gpt has {self.size[:-5]!r}")
         self.dim = dim if self.dim is None else self.dim
         self.layers = (gpt_layers if is_gpt else recurrent) if self.layers is None else self.layers
         self.heads = (gpt_heads if is_gpt else 4) if self.heads is None else self.heads
@@ -105,27 +99,21 @@ class Config:
         self.slstm_at = tuple(default_at if self.slstm_at is None else self.slstm_at)
         self.tokens, self.cnn = tuple(self.tokens), tuple(self.cnn)
         if any(layer not in everywhere for layer in self.slstm_at):
-            raise ValueError(
-                f"slstm_at {self.slstm_at}: layers are numbered 0 to {self.layers - 1}"
-            )
+            raise ValueError(f"slstm_at {self.slstm_at}: "
+                             f"layers are numbered 0 to {self.layers - 1}")
         if list(self.tokens) != [x for x in TOKENS if x in self.tokens] or "s" not in self.tokens:
-            raise ValueError(
-                f"tokens {self.tokens}: give a part of {TOKENS} that holds 's', in this order"
-            )
+            raise ValueError(f"tokens {self.tokens}: "
+                             f"give a part of {TOKENS} that holds 's', in this order")
 
     @property
     def max_tokens(self):
-        """Tokens in C steps, at most (an action is one token per dimension): the capacity of gpt's
-        cache.
-        """
+        """Most tokens in C steps (an action is a token per dimension): capacity of gpt's cache."""
         return self.context * (len(self.tokens) + ("a" in self.tokens) * (MAX_DIMS - 1))
 
 
 # ------------------------------------------------------------------------------------ the backbone
 class Backbone(nn.Module):
-    """A stack of blocks and a final norm, x (B, T, D) -> y (B, T, D); state: a tuple with each
-    block's state.
-    """
+    """Blocks and a final norm, x (B, T, D) -> y (B, T, D); state: a tuple of the blocks' states."""
 
     def __init__(self, config):
         super().__init__()
@@ -138,14 +126,8 @@ class Backbone(nn.Module):
             blocks = [MambaBlock(D, L, p) for _ in range(L)]
             self.norm = nn.RMSNorm(D, eps=1e-5)
         else:
-            blocks = [
-                (
-                    SLSTMBlock(D, H, L, layer, p)
-                    if layer in config.slstm_at
-                    else MLSTMBlock(D, H, L, p)
-                )
-                for layer in range(L)
-            ]
+            blocks = [SLSTMBlock(D, H, L, layer, p) if layer in config.slstm_at else
+                      MLSTMBlock(D, H, L, p) for layer in range(L)]
             self.norm = nn.LayerNorm(D, bias=False)
         self.blocks = nn.ModuleList(blocks)
 
@@ -154,7 +136,7 @@ class Backbone(nn.Module):
         return tuple(block.initial_state(batch_size, device, dtype) for block in self.blocks)
 
     def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+        """x (B, T, D), a previous state or None -> y (B, T, D), state after the last token."""
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks)):
             x, block_state = block(x, block_state)
@@ -162,13 +144,10 @@ class Backbone(nn.Module):
         return self.norm(x), tuple(states)
 
     def reset(self, state, done):
-        """Restart the rows where done (B,) is true. torch.where and never a product: -inf * 0 is
-        NaN.
-        """
+        """Restart the rows where done (B,) is true. torch.where, not a product: -inf * 0 is NaN."""
         fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
-        pick = lambda new, old: torch.where(
-            done.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old
-        )
+        pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)),
+                                            new.to(old.dtype), old)
         return tuple(tuple(map(pick, new, old)) for new, old in zip(fresh, state))
 
 
@@ -182,9 +161,8 @@ class ImpalaCNN(nn.Module):
         super().__init__()
         stages, c_in = [], 1
         for c in channels:
-            convs = [nn.Conv2d(c_in, c, 3, padding=1)] + [
-                nn.Conv2d(c, c, 3, padding=1) for _ in range(4)
-            ]
+            convs = [nn.Conv2d(c_in, c, 3, padding=1)] + \
+                [nn.Conv2d(c, c, 3, padding=1) for _ in range(4)]
             stages.append(nn.ModuleList(convs))
             c_in = c
         self.stages = nn.ModuleList(stages)
@@ -203,9 +181,7 @@ class ImpalaCNN(nn.Module):
 
 # --------------------------------------------------------------------------------------- the model
 class LRAM(nn.Module):
-    """Observations, rewards and returns-to-go in, action logits out; any backbone; state in, state
-    out.
-    """
+    """Observations, rewards, returns-to-go in, action logits out, any backbone; state in, out."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,16 +192,14 @@ class LRAM(nn.Module):
         for linear in (self.encode_state, self.encode_reward, self.encode_rtg, self.head):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        # one row for each discrete action or (dimension, bin), as in the head
-        if "a" in config.tokens:
+        if "a" in config.tokens:    # a row per discrete action or (dimension, bin), as in the head
             self.encode_action = nn.Embedding(self.head.out_features, D)
             nn.init.normal_(self.encode_action.weight, std=0.02)
         self.token_norm = nn.LayerNorm(D)
         self.backbone = Backbone(config)
 
     def tokens(self, obs, reward, rtg, last_action=None):
-        """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part that config.tokens
-        names.
+        """One chunk of tokens per step, [a_{t-1}, r_{t-1}, s_t, R_t] or the part in config.tokens.
 
         obs (B, C, S) float or (B, C, 1, 64, 64) uint8 or standardised; reward = r_{t-1} and rtg =
         R_t (B, C), both divided by the reward scale; last_action (B, C, A) rows of encode_action,
@@ -274,31 +248,26 @@ class LRAM(nn.Module):
         if done is not None and state is not None:
             state = self.backbone.reset(state, done)
         last_action = None if last_action is None else last_action[:, None]
-        logits, state = self(
-            obs[:, None], reward[:, None], rtg[:, None], action_dims, last_action, state
-        )
+        logits, state = self(obs[:, None], reward[:, None], rtg[:, None], action_dims,
+                             last_action, state)
         return logits[:, 0], state
 
     def parameter_groups(self, weight_decay):
-        """For AdamW: decay on matrices, none on biases, norms, recurrent weights and A_log."""
+        """For AdamW: decay on matrices; none on biases, norms, recurrent weights, Mamba's A_log."""
         decay, rest = [], []
         for name, p in self.named_parameters():
             leaf = name.split(".")[-1]
             (decay if p.dim() >= 2 and leaf not in ("bias", "R", "A_log") else rest).append(p)
-        return [
-            {"params": decay, "weight_decay": weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
+        return [{"params": decay, "weight_decay": weight_decay},
+                {"params": rest, "weight_decay": 0.0}]
 
 
 # ----------------------------------------------------------------------------------- actions, loss
 def action_to_bin(action):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
-    return (
-        ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64)
-        if isinstance(action, np.ndarray)
+    return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) \
+        if isinstance(action, np.ndarray) \
         else ((action + 1) * (BINS / 2)).clamp(0, BINS - 1).long()
-    )
 
 
 def bin_to_action(index):
@@ -307,9 +276,7 @@ def bin_to_action(index):
 
 
 def action_rows(action):
-    """Actions, (..., A) float or (...) int, -> (..., A or 1) rows of the head and of the action
-    embedding.
-    """
+    """Actions (..., A) float or (...) int -> (..., A or 1) rows of head and action embedding."""
     if np.issubdtype(action.dtype, np.integer):
         return action[..., None].astype(np.int64)
     return MAX_DISCRETE + BINS * np.arange(action.shape[-1]) + action_to_bin(action)
@@ -339,31 +306,28 @@ def prepare_states(states, card, standardise):
     states (..., S) or uint8 images (..., 1, 64, 64) -> float32, images that are not standardised
     stay uint8. Used on the windows of training and while acting alike.
     """
-    # per coordinate, or per pixel: what stands still disappears, what moves stands out
-    if standardise:
+    if standardise:     # per coordinate or pixel: what rests disappears, what moves stands out
         mean, std = (np.asarray(card[key], dtype=np.float32) for key in ("state_mean", "state_std"))
         return (states.astype(np.float32) - mean) / std
     return states if card["observation"]["kind"] == "image" else states.astype(np.float32)
 
 
 class Agent:
-    """A trained model acting in B environments of one task: keeps the state, the return-to-go and
-    the context.
+    """A trained model acting in B environments of one task: keeps state, return-to-go and context.
 
     context says what happens in episodes longer than the windows of training (C steps):
         carry     the state runs on through the whole episode, cost constant (recurrent backbones)
-        window    the last C steps recomputed at every step, C times the cost (the public code's)
+        window    the last C steps recomputed every step, C times the cost (any; the public code's)
         stagger   two states, each restarted every C steps, half a window apart; the older acts:
-                  constant cost, context between C/2 and C (the default of gpt)
+                  constant cost, context between C/2 and C (any; the default of gpt)
     """
 
     def __init__(self, model, card, context=None, target_return=None, temperature=0.0, seed=0):
         self.model, self.card, self.config = model.eval(), card, model.config
         self.context = context or ("stagger" if self.config.backbone == "gpt" else "carry")
         if self.context not in ("carry", "window", "stagger"):
-            raise ValueError(
-                f"context {self.context!r} does not exist; choose carry, window or stagger"
-            )
+            raise ValueError(f"context {self.context!r} does not exist; "
+                             "choose carry, window or stagger")
         self.device = next(model.parameters()).device
         self.action_dims = card["action"].get("dims", 0)
         self.scale = card["reward_scale"]
@@ -374,7 +338,7 @@ class Agent:
 
     def begin(self, batch_size):
         """Forget everything; batch_size environments start afresh."""
-        self.step = np.zeros(batch_size, dtype=np.int64)  # steps since each row's episode began
+        self.step = np.zeros(batch_size, dtype=np.int64)    # steps since each row's episode began
         self.rtg = np.full(batch_size, self.target, dtype=np.float32)
         self.last_action = None
         self.state, self.window = None, None
@@ -403,35 +367,30 @@ class Agent:
         return action
 
     def as_seen(self, reward):
-        """Raw rewards -> what the model sees: clipped for Atari, over the domain's reward scale,
-        float32.
-        """
+        """Raw rewards -> the model's: clipped for Atari, over the domain's scale, float32."""
         reward = np.clip(reward, -1, 1) if self.card["clip_rewards"] else reward
         return (reward / self.scale).astype(np.float32)
 
     def _carry(self, obs, reward, rtg, last, done):
-        logits, self.state = self.model.act(
-            obs, reward, rtg, self.action_dims, last, self.state, done
-        )
+        logits, self.state = self.model.act(obs, reward, rtg, self.action_dims, last,
+                                            self.state, done)
         return logits
 
     def _stagger(self, obs, reward, rtg, last, done):
-        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later; a row's age
-        # is its context
+        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later;
+        # a row's age is its context
         C, step = self.config.context, torch.as_tensor(self.step, device=self.device)
-        # (2, B)
-        age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])
+        age = torch.stack([step % C,
+                           torch.where(step < C // 2, step, (step - C // 2) % C)])      # (2, B)
         twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
-        logits, self.state = self.model.act(
-            *twice, self.action_dims, torch.cat([last, last]), self.state, (age == 0).flatten()
-        )
+        logits, self.state = self.model.act(*twice, self.action_dims, torch.cat([last, last]),
+                                            self.state, (age == 0).flatten())
         first, second = logits.chunk(2)
         older = (age[0] >= age[1]).view(-1, *[1] * (first.dim() - 1))
         return torch.where(older, first, second)
 
     def _window(self, obs, reward, rtg, last, done):
-        # each row's last C steps, from the left; what is right of the newest step is never seen
-        # (causality)
+        # each row's last C steps, from the left; right of the newest nothing is seen (causality)
         C, B = self.config.context, len(done)
         if self.window is None:
             self.window = [torch.zeros(B, C, *x.shape[1:], dtype=x.dtype, device=x.device)
@@ -456,9 +415,8 @@ class Agent:
             logits = logits[:, :self.card["action"]["n"]]
         if self.temperature > 0:
             p = (logits / self.temperature).softmax(-1)
-            index = torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(
-                p.shape[:-1]
-            )
+            index = torch.multinomial(p.flatten(0, -2), 1,
+                                      generator=self.generator).view(p.shape[:-1])
         else:
             index = logits.argmax(-1)
         index = index.cpu().numpy()
@@ -474,32 +432,25 @@ def save_checkpoint(path, payload):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(
-            f"cannot write {path} ({error}); the last good checkpoint is untouched. Free some "
-            "space and run again with --resume"
-        ) from error
+        raise SystemExit(f"cannot write {path} ({error}); the last good checkpoint is untouched. "
+                         "Free some space and run again with --resume") from error
 
 
 def load_checkpoint(path, device="cpu"):
-    """The dict written by train.py, read with weights_only=True: no code in a file is ever
-    executed.
-    """
+    """The dict train.py wrote, read with weights_only=True: no code in a file is ever executed."""
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(
-            f"no checkpoint at {path}; train one with: python train.py --backbone mlstm"
-        ) from None
+        raise SystemExit(f"no checkpoint at {path}; train one with: "
+                         "python train.py --backbone mlstm") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise SystemExit(
-            f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error)[:120]}); "
-            "it may be truncated: copy or train it again"
-        ) from None
+        raise SystemExit(f"{path} is not a readable checkpoint "
+                         f"({type(error).__name__}: {str(error)[:120]}); "
+                         "it may be truncated: copy or train it again") from None
     missing = [key for key in ("model", "model_config", "cards") if key not in payload]
     if missing:
-        raise SystemExit(
-            f"{path} holds no {', '.join(missing)}: it was not written by this project's train.py"
-        )
+        raise SystemExit(f"{path} holds no {', '.join(missing)}: "
+                         "it was not written by this project's train.py")
     return payload
 
 
@@ -530,18 +481,13 @@ def count_parameters(module):
 
 def state_bytes(state):
     """Bytes of a state, nested tuples of tensors."""
-    return (
-        sum(map(state_bytes, state))
-        if isinstance(state, tuple)
-        else state.numel() * state.element_size()
-    )
+    return sum(map(state_bytes, state)) if isinstance(state, tuple) else \
+        state.numel() * state.element_size()
 
 
 def _self_check():
-    print(
-        f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}"
-        f"{'state, kB':>11}"
-    )
+    print(f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}"
+          f"{'state, kB':>11}")
     for size in SIZES:
         for name in BACKBONES:
             if name == "gpt" and size.endswith("half"):
@@ -550,11 +496,9 @@ def _self_check():
                 config = Config(name, size)
                 model = LRAM(config)
                 state = state_bytes(model.backbone.initial_state(1, "meta"))
-            print(
-                f"{size:<10}{name:<9}{config.dim:>5}{config.layers:>7}"
-                f"{count_parameters(model.backbone):>15,}"
-                f"{count_parameters(model):>13,}{state / 1e3:>11,.0f}"
-            )
+            print(f"{size:<10}{name:<9}{config.dim:>5}{config.layers:>7}"
+                  f"{count_parameters(model.backbone):>15,}{count_parameters(model):>13,}"
+                  f"{state / 1e3:>11,.0f}")
     torch.manual_seed(0)
     for name in BACKBONES:
         model = LRAM(Config(name, "tiny", context=20)).double().eval()

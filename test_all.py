@@ -1,15 +1,14 @@
 """Everything, against oracles.
 
     python -m pytest -q test_all.py             # the whole suite, under five minutes on two cores
-    python -m pytest -q test_all.py -k "mlstm"      # one part
+    python -m pytest -q test_all.py -k "mlstm"  # one part
 
 The float64 recurrent loops are the truth for all other forms, in value, final state and gradient;
 the loops themselves are checked against sums written out without any stabiliser. Everything
 downstream (acting against training, resume, windows, scores) is compared with an independent
-computation, never with a stored number. Tests of a simulator or of a peer package are skipped where
-it is not installed.
+computation, never with a stored number. Tests of a simulator or of a peer package are skipped
+where it is not installed.
 """
-
 import ast
 import json
 import os
@@ -56,8 +55,7 @@ def relative(a, b):
 
 
 def value_and_gradients(form, inputs, state, weights, dtype):
-    """Output, final state and the gradients of a random linear loss of both, of one form in one
-    dtype.
+    """Output, final state and gradients of a random linear loss of both, of one form in one dtype.
 
     weights: for the output and for each differentiable part of the final state.
     """
@@ -84,8 +82,7 @@ def mlstm_inputs(T, B=2, H=3, K=24, V=20):
 
 
 MLSTM_FORMS = {
-    "recurrent": mlstm.mlstm_recurrent,
-    "parallel": mlstm.mlstm_parallel,
+    "recurrent": mlstm.mlstm_recurrent, "parallel": mlstm.mlstm_parallel,
     "chunkwise": mlstm.mlstm_chunkwise,
     "chunks of 3": partial(mlstm.mlstm_chunkwise, chunk_size=3),
     "chunks of 1": partial(mlstm.mlstm_chunkwise, chunk_size=1),
@@ -93,27 +90,22 @@ MLSTM_FORMS = {
 
 
 def test_mlstm_definition_is_the_sum_it_stands_for():
-    """h_t = sum_s w_ts (q_t k_s) v_s / max(|sum_s w_ts q_t k_s|, 1), w_ts = exp(i_s) prod
-    sigmoid(f): no m at all.
+    """Against this sum, with no m at all.
+
+    h_t = sum_s w_ts (q_t k_s) v_s / max(|sum_s w_ts q_t k_s|, 1), w_ts = exp(i_s) prod sigmoid(f)
     """
     (q, k, v, i, f), _ = mlstm_inputs(12)
     h, (C, n, m) = mlstm.mlstm_recurrent(q, k, v, i, f)
     for t in range(12):
-        decay = [
-            torch.sigmoid(f[:, :, s + 1 : t + 1]).prod(-1) * torch.exp(i[:, :, s])
-            for s in range(t + 1)
-        ]
-        weight = (
-            torch.stack(decay, -1)
-            * torch.einsum("bhk,bhsk->bhs", q[:, :, t], k[:, :, : t + 1])
-            / 24**0.5
-        )
+        decay = [torch.sigmoid(f[:, :, s + 1:t + 1]).prod(-1) * torch.exp(i[:, :, s])
+                 for s in range(t + 1)]
+        weight = torch.stack(decay, -1) * \
+            torch.einsum("bhk,bhsk->bhs", q[:, :, t], k[:, :, :t + 1]) / 24 ** 0.5
         den = weight.sum(-1).abs().clamp(min=1.0)
         truth = torch.einsum("bhs,bhsv->bhv", weight, v[:, :, :t + 1]) / den[..., None]
         assert relative(h[:, :, t], truth) < 1e-5           # EPS is in ours and not in the sum
-    true_C = sum(
-        w[..., None, None] * k[:, :, s, :, None] * v[:, :, s, None] for s, w in enumerate(decay)
-    )
+    true_C = sum(w[..., None, None] * k[:, :, s, :, None] * v[:, :, s, None]
+                 for s, w in enumerate(decay))
     assert relative(C * torch.exp(m)[..., None, None], true_C) < 1e-12
 
 
@@ -121,11 +113,8 @@ def test_mlstm_definition_is_the_sum_it_stands_for():
 def test_mlstm_forms_agree(T):
     """Output, C, n, m and the gradients of q, k, v, i, f, C0 and n0, from a given state."""
     inputs, state = mlstm_inputs(T)
-    weights = [
-        torch.randn(2, 3, T, 20).double(),
-        torch.randn(2, 3, 24, 20).double(),
-        torch.randn(2, 3, 24).double(),
-    ]
+    weights = [torch.randn(2, 3, T, 20).double(), torch.randn(2, 3, 24, 20).double(),
+               torch.randn(2, 3, 24).double()]
     truth = value_and_gradients(mlstm.mlstm_recurrent, inputs, state, weights, torch.float64)
     for name, form in MLSTM_FORMS.items():
         for dtype, bar in BARS.items():
@@ -145,7 +134,7 @@ def test_mlstm_fresh_state_is_the_zero_state(T):
 
 
 def test_mlstm_gradient_is_a_finite_difference():
-    """Autograd of the definition against differences of its value, with m constant."""
+    """Autograd of the definition against differences of its value, m constant along the way."""
     (q, k, v, i, f), state = mlstm_inputs(4, B=1, H=1, K=3, V=2)
     args = [x.requires_grad_() for x in (q, k, v, f, *state[:2])]
     # i only moves what m does not hide: m is detached, h does not depend on it but through EPS
@@ -155,11 +144,10 @@ def test_mlstm_gradient_is_a_finite_difference():
 
 @pytest.mark.parametrize("form", ("parallel", "chunkwise"))
 def test_mlstm_under_stress(form, monkeypatch):
-    """Gates of +-30 over 4,000 tokens: finite; float64 to 1e-7; float32 numerator and denominator
-    to 1e-4.
+    """Gates of +-30 over 4,000 tokens: finite; float64 to 1e-7; float32 to 1e-4.
 
-    The quotient cancels, so float32 is compared before it, relative to the sum of the absolute
-    terms.
+    The quotient cancels, so float32 is compared before it, in numerator and denominator, relative
+    to the sum of the absolute terms.
     """
     T, K, V = 4000, 5, 3
     q, k, v = (torch.randn(1, 1, T, n, dtype=torch.float64) for n in (K, K, V))
@@ -197,17 +185,16 @@ def slstm_inputs(T, B=2, H=3, dh=10):
 
 
 def test_slstm_definition_without_stabiliser():
-    """c_t = sigmoid(f) c + exp(i) tanh(z), n_t = sigmoid(f) n + exp(i), y_t = sigmoid(o) c / n,
-    unit by unit.
+    """Against these equations, unit by unit.
+
+    c_t = sigmoid(f) c + exp(i) tanh(z), n_t = sigmoid(f) n + exp(i), y_t = sigmoid(o) c / n
     """
     (gates, R), _ = slstm_inputs(9)
     out, _ = slstm.slstm_recurrent(gates, R)
     y = c = n = torch.zeros(2, 3, 10, dtype=torch.float64)
     for t in range(9):
-        i, f, z, o = (
-            gates[:, t, g] + torch.stack([y[:, h] @ R[g, h].T for h in range(3)], 1)
-            for g in range(4)
-        )
+        i, f, z, o = (gates[:, t, g] + torch.stack([y[:, h] @ R[g, h].T for h in range(3)], 1)
+                      for g in range(4))
         c = torch.sigmoid(f) * c + torch.exp(i) * torch.tanh(z)
         n = torch.sigmoid(f) * n + torch.exp(i)
         y = torch.sigmoid(o) * c / n
@@ -224,10 +211,8 @@ def test_slstm_hand_written_gradient(T):
         result = value_and_gradients(slstm.slstm_scan, inputs, state, weights, dtype)
         errors = [relative(a, b) for a, b in zip(result, truth)]
         # float32 gradients pass T times through R: their error grows with T
-        assert max(errors) < (bar if dtype == torch.float64 else max(bar, 1e-6 * T)), (
-            dtype,
-            errors,
-        )
+        assert max(errors) < (bar if dtype == torch.float64 else max(bar, 1e-6 * T)), \
+            (dtype, errors)
 
 
 def test_slstm_under_stress():
@@ -259,7 +244,7 @@ def test_mamba_definition_is_the_sum_it_stands_for():
     y, _ = mamba.selective_scan_recurrent(u, dt, A, B, C, D)
     total = dt.cumsum(1)
     for t in range(10):
-        decay = torch.exp(A * (total[:, t, None] - total[:, :t + 1])[..., None])  # (B, S, E, N)
+        decay = torch.exp(A * (total[:, t, None] - total[:, :t + 1])[..., None])    # (B, S, E, N)
         terms = C[:, t, None, None] * decay * (dt * u)[:, :t + 1, :, None] * B[:, :t + 1, None]
         assert relative(y[:, t], terms.sum((1, 3)) + D * u[:, t]) < 1e-12
 
@@ -269,9 +254,8 @@ def test_mamba_scans_agree(T):
     """Tree and hand-written loop against the definition: output, state and all seven gradients."""
     inputs, state = mamba_inputs(T)
     weights = [torch.randn(2, T, 12).double(), torch.randn(2, 12, 16).double()]
-    truth = value_and_gradients(
-        scan_form(mamba.selective_scan_recurrent), inputs, state, weights, torch.float64
-    )
+    truth = value_and_gradients(scan_form(mamba.selective_scan_recurrent), inputs, state, weights,
+                                torch.float64)
     for scan in (mamba.selective_scan_parallel, mamba.selective_scan_loop):
         for dtype, bar in BARS.items():
             result = value_and_gradients(scan_form(scan), inputs, state, weights, dtype)
@@ -292,9 +276,7 @@ def test_mamba_under_stress():
 # --------------------------------------------------------------------------------------- attention
 @pytest.mark.parametrize("T", LENGTHS)
 def test_attention_forms_and_splits_agree(T):
-    """All at once, in pieces through the cache, and token by token, against softmax(q k^T /
-    sqrt(dh)) v.
-    """
+    """At once, in pieces through the cache, token by token, against softmax(q k^T / sqrt(dh)) v."""
     q, k, v = torch.randn(3, 2, 3, T, 20, dtype=torch.float64)
     score = (q @ k.transpose(-1, -2)) / 20 ** 0.5
     truth = score.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1) @ v
@@ -305,9 +287,8 @@ def test_attention_forms_and_splits_agree(T):
         cut, state, parts = T // 3, None, []
         for part in (slice(0, cut), slice(cut, cut + 1), slice(cut + 1, T)):
             if qd[:, :, part].shape[2]:
-                y, state = gpt.attention_parallel(
-                    qd[:, :, part], kd[:, :, part], vd[:, :, part], state, T + 5
-                )
+                y, state = gpt.attention_parallel(qd[:, :, part], kd[:, :, part], vd[:, :, part],
+                                                  state, T + 5)
                 parts.append(y)
         assert relative(torch.cat(parts, 2), truth) < bar
         assert (state[2] == T).all()
@@ -434,14 +415,8 @@ def test_mamba_against_mambapy():
 # ----------------------------------------------------------------------------- blocks and backbone
 def small_model(backbone, context=20, dtype=torch.float32, **options):
     """A model small enough for tests, with weights away from their special initial values."""
-    options = {
-        "dim": 32,
-        "layers": 2,
-        "heads": 4,
-        "cnn": (2, 2, 2),
-        "slstm_at": (0,) if backbone == "xlstm" else None,
-        **options,
-    }
+    options = {"dim": 32, "layers": 2, "heads": 4, "cnn": (2, 2, 2),
+               "slstm_at": (0,) if backbone == "xlstm" else None, **options}
     model = lram.LRAM(lram.Config(backbone, "tiny", context=context, **options))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -472,13 +447,10 @@ def flatten(state):
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_reset_restarts_single_rows(backbone):
-    """After a partial reset the row goes on like a fresh sequence and its neighbours as if nothing
-    had happened.
-    """
+    """A row that was reset goes on like a fresh sequence, its neighbours as if nothing happened."""
     model = small_model(backbone, dtype=torch.float64).backbone
-    x, more = torch.randn(3, 20, 32, dtype=torch.float64), torch.randn(
-        3, 9, 32, dtype=torch.float64
-    )
+    x, more = (torch.randn(3, 20, 32, dtype=torch.float64),
+               torch.randn(3, 9, 32, dtype=torch.float64))
     _, state = model(x)
     undisturbed, _ = model(more, state)
     fresh, _ = model(more)
@@ -489,9 +461,7 @@ def test_reset_restarts_single_rows(backbone):
 
 @pytest.mark.parametrize("backbone", RECURRENT)
 def test_gates_of_a_reset_row_may_be_extreme(backbone):
-    """The public sLSTM returns NaN when some rows were reset and the input gate is very negative;
-    ours must not.
-    """
+    """Finite where the public sLSTM returns NaN: some rows reset, input gate very negative."""
     model = small_model(backbone).backbone
     _, state = model(torch.randn(2, 5, 32))
     with torch.no_grad():
@@ -505,23 +475,13 @@ def test_gates_of_a_reset_row_may_be_extreme(backbone):
 
 
 COUNTS = {  # SPEC: the public packages' backbones, final norm included
-    ("mlstm", "16m"): 12_939_840,
-    ("mlstm", "48m"): 43_269_984,
-    ("mlstm", "110m"): 102_089_856,
-    ("mlstm", "206m"): 198_836_640,
-    ("mlstm", "408m"): 400_105_184,
-    ("mlstm", "16m-half"): 12_140_512,
-    ("mlstm", "48m-half"): 42_243_656,
-    ("mlstm", "110m-half"): 99_983_512,
-    ("mlstm", "206m-half"): 194_236_752,
-    ("xlstm", "16m"): 12_934_200,
-    ("xlstm", "48m"): 43_154_768,
-    ("xlstm", "206m"): 198_057_096,
-    ("slstm", "16m"): 12_894_720,
-    ("mamba", "16m"): 13_562_368,
-    ("mamba", "48m"): 45_260_544,
-    ("mamba", "110m"): 106_677_248,
-    ("mamba", "206m"): 207_642_880,
+    ("mlstm", "16m"): 12_939_840, ("mlstm", "48m"): 43_269_984, ("mlstm", "110m"): 102_089_856,
+    ("mlstm", "206m"): 198_836_640, ("mlstm", "408m"): 400_105_184,
+    ("mlstm", "16m-half"): 12_140_512, ("mlstm", "48m-half"): 42_243_656,
+    ("mlstm", "110m-half"): 99_983_512, ("mlstm", "206m-half"): 194_236_752,
+    ("xlstm", "16m"): 12_934_200, ("xlstm", "48m"): 43_154_768, ("xlstm", "206m"): 198_057_096,
+    ("slstm", "16m"): 12_894_720, ("mamba", "16m"): 13_562_368, ("mamba", "48m"): 45_260_544,
+    ("mamba", "110m"): 106_677_248, ("mamba", "206m"): 207_642_880,
 }
 
 
@@ -529,10 +489,8 @@ COUNTS = {  # SPEC: the public packages' backbones, final norm included
 def test_parameter_counts_match_the_public_code(backbone, size):
     """To the last parameter."""
     with torch.device("meta"):
-        assert (
-            lram.count_parameters(lram.Backbone(lram.Config(backbone, size)))
-            == COUNTS[backbone, size]
-        )
+        assert lram.count_parameters(lram.Backbone(lram.Config(backbone, size))) == \
+            COUNTS[backbone, size]
 
 
 def test_initialisation():
@@ -554,10 +512,9 @@ def test_initialisation():
 
 @pytest.mark.parametrize("file", ("mlstm", "slstm", "mamba", "gpt", "lram"))
 def test_concept_files_check_themselves(file):
-    """`python mlstm.py` proves something and says so; concept files import only torch."""
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / f"{file}.py"], capture_output=True, text=True
-    )
+    """`python mlstm.py` proves something and says so; concept files import nothing but torch."""
+    done = subprocess.run([sys.executable, REPOSITORY / f"{file}.py"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert "equal" in done.stdout or "act()" in done.stdout
     if file != "lram":
@@ -584,15 +541,11 @@ def test_actions_and_bins():
 
 
 def test_loss_against_torch():
-    """Masked cross-entropy against F.cross_entropy pair by pair; soft targets against their
-    explicit sum.
-    """
+    """Masked loss against F.cross_entropy pair by pair; soft targets against their explicit sum."""
     logits, target = torch.randn(3, 5, 2, 256).double(), torch.randint(256, (3, 5, 2))
     mask = torch.rand(3, 5, 2) > 0.4
-    pairs = [
-        F.cross_entropy(logits[b, c, a][None], target[b, c, a][None])
-        for b, c, a in torch.nonzero(mask)
-    ]
+    pairs = [F.cross_entropy(logits[b, c, a][None], target[b, c, a][None])
+             for b, c, a in torch.nonzero(mask)]
     assert abs(lram.action_loss(logits, target, mask) - sum(pairs) / len(pairs)) < 1e-12
     soft, bins = 0.0, torch.arange(256).double()
     for b, c, a in torch.nonzero(mask):
@@ -603,15 +556,10 @@ def test_loss_against_torch():
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_right_padding_changes_nothing(backbone):
-    """A short window in a longer batch: same logits on its steps, same loss, no gradient from the
-    padding.
-    """
+    """A short window in a longer batch: same logits and loss, no gradient from the padding."""
     model = small_model(backbone, dtype=torch.float64)
-    obs, reward, rtg = (
-        torch.randn(2, 20, 7).double(),
-        torch.randn(2, 20).double(),
-        torch.randn(2, 20).double(),
-    )
+    obs, reward, rtg = (torch.randn(2, 20, 7).double(), torch.randn(2, 20).double(),
+                        torch.randn(2, 20).double())
     padded = [x.clone() for x in (obs, reward, rtg)]
     for x in padded:
         x[1, 13:] = 1e6
@@ -635,16 +583,12 @@ def test_tokens_are_the_papers_stream():
     tokens = model.tokens(obs, reward, rtg, last)
     assert tokens.shape == (2, 4, 3 + 3, 32)
     wide = torch.cat([obs, torch.zeros(2, 4, 197)], -1)
-    expected = [
-        model.encode_reward(reward[..., None]),
-        model.encode_state(wide),
-        model.encode_rtg(rtg[..., None]),
-    ]
+    expected = [model.encode_reward(reward[..., None]), model.encode_state(wide),
+                model.encode_rtg(rtg[..., None])]
     for j, x in enumerate(expected):
         assert torch.allclose(tokens[:, :, 3 + j], model.token_norm(x))
-    assert torch.allclose(
-        tokens[:, 2, 1], model.token_norm(model.encode_action.weight[last[:, 2, 1]])
-    )
+    assert torch.allclose(tokens[:, 2, 1],
+                          model.token_norm(model.encode_action.weight[last[:, 2, 1]]))
     assert torch.allclose(tokens[:, 0, 0], model.token_norm(torch.zeros(2, 32)))
 
 
@@ -670,23 +614,17 @@ def test_weight_decay_is_on_matrices_only():
         assert len(decay) + len(rest) == len(list(model.parameters()))
         named = {id(p): n for n, p in model.named_parameters()}
         for p in decay:
-            assert (
-                p.dim() >= 2
-                and not named[id(p)].endswith(("A_log", "bias", ".R"))
-                and "norm" not in named[id(p)]
-            )
+            assert p.dim() >= 2 and not named[id(p)].endswith(("A_log", "bias", ".R")) and \
+                "norm" not in named[id(p)]
 
 
 def test_config_refuses_what_cannot_be():
     """With the valid choices in the message."""
-    for options, words in (
-        ({"backbone": "lstm"}, "choose from"),
-        ({"size": "7b"}, "choose from"),
-        ({"slstm_at": (9,)}, "numbered 0 to 3"),
-        ({"tokens": ("rtg", "s")}, "in this order"),
-        ({"backbone": "gpt", "size": "206m-half"}, "206m"),
-        ({"heads": 5}, None),
-    ):
+    for options, words in (({"backbone": "lstm"}, "choose from"), ({"size": "7b"}, "choose from"),
+                           ({"slstm_at": (9,)}, "numbered 0 to 3"),
+                           ({"tokens": ("rtg", "s")}, "in this order"),
+                           ({"backbone": "gpt", "size": "206m-half"}, "206m"),
+                           ({"heads": 5}, None)):
         with pytest.raises(ValueError, match=words):
             lram.Backbone(lram.Config(**options))
 
@@ -694,22 +632,11 @@ def test_config_refuses_what_cannot_be():
 # ------------------------------------------------------------------------------------------ acting
 def dark_card(**changes):
     """A card as data.make would write it."""
-    return {
-        "task": "darkroom/train",
-        "domain": "darkroom",
-        "heldout": False,
-        "observation": {"kind": "vector", "shape": [2]},
-        "action": {"kind": "discrete", "n": 5},
-        "reward_scale": 1.0,
-        "clip_rewards": False,
-        "constant_rtg": False,
-        "target_return": 30.0,
-        "reference_score": 50.0,
-        "random_score": 1.0,
-        "state_mean": [4.0, 4.5],
-        "state_std": [2.0, 3.0],
-        **changes,
-    }
+    return {"task": "darkroom/train", "domain": "darkroom", "heldout": False,
+            "observation": {"kind": "vector", "shape": [2]}, "action": {"kind": "discrete", "n": 5},
+            "reward_scale": 1.0, "clip_rewards": False, "constant_rtg": False,
+            "target_return": 30.0, "reference_score": 50.0, "random_score": 1.0,
+            "state_mean": [4.0, 4.5], "state_std": [2.0, 3.0], **changes}
 
 
 def play(model, card, seeds, **options):
@@ -731,8 +658,7 @@ def play(model, card, seeds, **options):
 @pytest.mark.parametrize("tokens", (("r", "s", "rtg"), ("a", "r", "s", "rtg"), ("s",)))
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_acting_is_training(backbone, tokens, tmp_path):
-    """The logits while acting equal those of training on the recorded episode, read back from its
-    file.
+    """Logits while acting equal those of training on the recorded episode, read back from its file.
 
     Recurrent backbones over the whole episode, gpt over its first C steps (stagger); window and
     stagger over the first C steps for all. Sampled actions, rewards, falling return-to-go,
@@ -748,9 +674,8 @@ def test_acting_is_training(backbone, tokens, tmp_path):
         for row, episode in enumerate((first, second)):
             folder = tmp_path / mode / "darkroom" / "train"
             folder.mkdir(parents=True, exist_ok=True)
-            data.write_trajectory(
-                folder / f"{row}.hdf5", episode.states, episode.actions, episode.rewards, False
-            )
+            data.write_trajectory(folder / f"{row}.hdf5", episode.states, episode.actions,
+                                  episode.rewards, False)
             # asked for the return that it got, an agent sees the recorded returns-to-go
             got = dark_card(target_return=11.0)
             (folder / "task.json").write_text(json.dumps(got))
@@ -767,15 +692,12 @@ def test_acting_is_training(backbone, tokens, tmp_path):
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_window_and_stagger_see_what_they_say(backbone):
-    """Beyond C steps: window equals the model on the last C steps, stagger on the last age + 1
-    steps.
-    """
+    """Beyond C steps: window is the model on the last C steps, stagger on the last age + 1."""
     C, T = 6, 20
     model = small_model(backbone, C, torch.float64)
     card = dark_card()
     obs = np.random.RandomState(0).uniform(0, 9, (T, 1, 2)).astype(np.float32)
-    # exact in float32, however they are summed
-    rewards = np.random.RandomState(1).randint(0, 8, T) / 8
+    rewards = np.random.RandomState(1).randint(0, 8, T) / 8     # exact in float32, however summed
     for mode in ("window", "stagger"):
         agent = lram.Agent(model, card, context=mode)
         agent.begin(1)
@@ -784,20 +706,16 @@ def test_window_and_stagger_see_what_they_say(backbone):
             if mode == "window":
                 start = max(0, t - C + 1)
             else:           # restarts at 0, C, 2C, ... and at C/2, 3C/2, ...: the older one acts
-                starts = [s for s in range(0, t + 1, C)][-1:] + [
-                    s for s in range(C // 2, t + 1, C)
-                ][-1:]
+                starts = [s for s in range(0, t + 1, C)][-1:] + \
+                    [s for s in range(C // 2, t + 1, C)][-1:]
                 start = min(starts)
             seen = np.concatenate([[0.0], rewards[1:t + 1]]).astype(np.float32)
             rtg = (30.0 - np.cumsum(seen)).astype(np.float32)
             piece = slice(start, t + 1)
             with torch.no_grad():
-                logits, _ = model(
-                    torch.tensor(obs[piece, 0])[None],
-                    torch.tensor(seen[piece])[None],
-                    torch.tensor(rtg[piece])[None],
-                    0,
-                )
+                logits, _ = model(torch.tensor(obs[piece, 0])[None],
+                                  torch.tensor(seen[piece])[None],
+                                  torch.tensor(rtg[piece])[None], 0)
             assert relative(agent.logits, logits[:, -1]) < 1e-9, (mode, t)
 
 
@@ -818,15 +736,14 @@ def test_rows_of_an_agent_do_not_meet(backbone):
             for row in range(2):
                 if ends[t, row]:
                     alone[row].begin(1)
-                action = alone[row].act(
-                    obs[t, row : row + 1], reward[t, row : row + 1], ends[t, row : row + 1]
-                )
+                action = alone[row].act(obs[t, row:row + 1], reward[t, row:row + 1],
+                                        ends[t, row:row + 1])
                 assert relative(both.logits[row:row + 1], alone[row].logits) < 1e-4
                 assert action[0] == together[row]
 
 
 def test_decoding():
-    """Greedy takes the likeliest of the task's own actions; a temperature samples."""
+    """Greedy: the likeliest of the task's own actions; a temperature samples by the softmax."""
     model = small_model("mlstm")
     agent = lram.Agent(model, dark_card())
     logits = torch.zeros(1, 18)
@@ -844,9 +761,8 @@ def test_darkroom_expert_is_exact():
     """The goal that is number k along the sweep gives 100 - k, on each of the 100 goals."""
     for split, count in (("train", 80), ("heldout", 20)):
         make = lambda: worlds.DarkRoom(split)
-        episodes = worlds.rollout(
-            make, partial(data.expert_policy, expert=data.DarkRoomExpert), range(count), 7
-        )
+        episodes = worlds.rollout(make, partial(data.expert_policy, expert=data.DarkRoomExpert),
+                                  range(count), 7)
         env = make()
         goals = {tuple(g) for g in env.goals.tolist()}
         assert len(goals) == count
@@ -860,9 +776,8 @@ def test_darkroom_expert_is_exact():
 def test_rollout_gives_every_seed_its_own_episode():
     """In lockstep with rows that end at different times, against each seed played alone."""
     class Countdown(gym.Env):
-        observation_space, action_space = gym.spaces.Box(
-            -9, 9, (1,), np.float32
-        ), gym.spaces.Discrete(2)
+        observation_space, action_space = (gym.spaces.Box(-9, 9, (1,), np.float32),
+                                           gym.spaces.Discrete(2))
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
@@ -871,13 +786,8 @@ def test_rollout_gives_every_seed_its_own_episode():
 
         def step(self, action):
             self.t += 1
-            return (
-                np.array([self.seed], np.float32),
-                float(self.seed),
-                self.t >= self.seed,
-                False,
-                {},
-            )
+            return (np.array([self.seed], np.float32), float(self.seed), self.t >= self.seed,
+                    False, {})
     seeds, begun = [3, 1, 4, 2, 5, 1, 2], []
 
     def policy(envs):
@@ -888,26 +798,18 @@ def test_rollout_gives_every_seed_its_own_episode():
     episodes = list(worlds.rollout(Countdown, policy, seeds, num_envs=3))
     assert sorted(e.seed for e in episodes) == sorted(seeds)
     for e in episodes:
-        assert (
-            len(e.rewards) == e.seed and (e.states == e.seed).all() and e.rewards.sum() == e.seed**2
-        )
+        assert len(e.rewards) == e.seed and (e.states == e.seed).all() and \
+            e.rewards.sum() == e.seed ** 2
         assert e.terminated
 
 
-WORLD_TASKS = (
-    "darkroom/train",
-    "metaworld/reach-v3",
-    "dmcontrol/cartpole-balance",
-    "atari/freeway",
-    "atari/breakout",
-)
+WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balance",
+               "atari/freeway", "atari/breakout")
 
 
 @pytest.mark.parametrize("task", WORLD_TASKS)
 def test_world_contract(task):
-    """Observation and action as promised; the seed alone determines an episode, on a used instance
-    too.
-    """
+    """Spaces as promised; the seed alone determines an episode, on a used instance too."""
     if worlds.is_available(task):
         pytest.skip(worlds.is_available(task))
     env, other = worlds.make_env(task), worlds.make_env(task)
@@ -925,12 +827,8 @@ def test_world_contract(task):
         return np.stack(out)
     a, b = trajectory(env, 5), trajectory(env, 6)
     assert a.dtype == env.observation_space.dtype and a.shape[1:] == env.observation_space.shape
-    assert (
-        a.dtype == np.uint8
-        and a.shape[1:] == (1, 64, 64)
-        or a.dtype == np.float32
-        and a.shape[1] <= 204
-    )
+    assert a.dtype == np.uint8 and a.shape[1:] == (1, 64, 64) or \
+        a.dtype == np.float32 and a.shape[1] <= 204
     assert np.array_equal(trajectory(env, 5), a) and np.array_equal(trajectory(other, 5), a)
     assert not np.array_equal(a, b)
     space = env.action_space
@@ -940,37 +838,24 @@ def test_world_contract(task):
     other.close()
 
 
-@pytest.mark.parametrize(
-    "task,least",
-    (
-        ("metaworld/reach-v3", 1500),
-        ("metaworld/door-open-v3", 1000),
-        ("metaworld/drawer-close-v3", 1000),
-        ("metaworld/window-open-v3", 400),
-        ("metaworld/button-press-topdown-v3", 1000),
-        ("dmcontrol/cartpole-balance", 990),
-        ("dmcontrol/cartpole-swingup", 700),
-        ("dmcontrol/point_mass-easy", 600),
-        ("dmcontrol/reacher-easy", 500),
-        ("atari/freeway", 27),
-    ),
-)
+@pytest.mark.parametrize("task,least", (
+    ("metaworld/reach-v3", 1500), ("metaworld/door-open-v3", 1000),
+    ("metaworld/drawer-close-v3", 1000), ("metaworld/window-open-v3", 400),
+    ("metaworld/button-press-topdown-v3", 1000), ("dmcontrol/cartpole-balance", 990),
+    ("dmcontrol/cartpole-swingup", 700), ("dmcontrol/point_mass-easy", 600),
+    ("dmcontrol/reacher-easy", 500), ("atari/freeway", 27)))
 def test_experts_do_the_task(task, least):
     """Far above the random policy, on seeds that the data do not use."""
     if worlds.is_available(task):
         pytest.skip(worlds.is_available(task))
     expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
-    returns = [
-        e.rewards.sum()
-        for e in worlds.rollout(partial(worlds.make_env, task), expert, [900, 901], 2)
-    ]
+    returns = [e.rewards.sum()
+               for e in worlds.rollout(partial(worlds.make_env, task), expert, [900, 901], 2)]
     assert np.mean(returns) > least, returns
 
 
 def test_noise_is_executed_and_not_recorded():
-    """The wrapper executes clip(a + sigma N) and follows from the seed; sigma is 0 in a quarter of
-    the episodes.
-    """
+    """The wrapper executes clip(a + sigma N), by the seed; sigma is 0 in a quarter of episodes."""
     class Echo(gym.Env):
         observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (2,))
 
@@ -987,9 +872,8 @@ def test_noise_is_executed_and_not_recorded():
         sigmas.append(env.sigma)
         env.step(np.array([0.5, 0.9]))
         runs.append(echo.got)
-        assert (np.abs(echo.got) <= 1).all() and (env.sigma > 0) == (
-            not np.allclose(echo.got, [0.5, 0.9])
-        )
+        assert (np.abs(echo.got) <= 1).all() and \
+            (env.sigma > 0) == (not np.allclose(echo.got, [0.5, 0.9]))
     assert np.array_equal(runs[7], runs[-1])
     assert 0.18 < np.mean(np.array(sigmas) == 0) < 0.32 and 0.25 < max(sigmas) <= 0.3
 
@@ -998,16 +882,10 @@ def test_noise_is_executed_and_not_recorded():
 def test_scores():
     """Normalised, averaged over tasks and then domains, with an interval that holds the mean."""
     def result(returns, **card):
-        return {
-            "returns": returns,
-            "card": dark_card(reference_score=10.0, random_score=2.0, **card),
-        }
-    results = {
-        "a/x": result([10.0, 10.0]),
-        "a/y": result([2.0, 6.0]),
-        "b/z": result([2.0, 2.0, 2.0, 10.0]),
-        "b/held": result([100.0], heldout=True),
-    }
+        return {"returns": returns,
+                "card": dark_card(reference_score=10.0, random_score=2.0, **card)}
+    results = {"a/x": result([10.0, 10.0]), "a/y": result([2.0, 6.0]),
+               "b/z": result([2.0, 2.0, 2.0, 10.0]), "b/held": result([100.0], heldout=True)}
     summary = worlds.summarise(results)
     assert summary["tasks"]["a/y"]["score"] == 0.25
     assert summary["domains"] == {"a": 0.625, "b": 0.25}
@@ -1016,9 +894,8 @@ def test_scores():
     assert low < 0.4375 < high
     scipy_stats = pytest.importorskip("scipy.stats")
     scores = np.random.RandomState(0).normal(size=203)
-    assert np.isclose(
-        worlds.interquartile_mean([scores[:50], scores[50:]]), scipy_stats.trim_mean(scores, 0.25)
-    )
+    assert np.isclose(worlds.interquartile_mean([scores[:50], scores[50:]]),
+                      scipy_stats.trim_mean(scores, 0.25))
     low, high = worlds.bootstrap_interval([scores], lambda g: g[0].mean())
     exact = scipy_stats.norm.interval(0.95, scores.mean(), scores.std() / len(scores) ** 0.5)
     assert np.allclose([low, high], exact, atol=0.02)
@@ -1032,36 +909,28 @@ def write_task(root, lengths, task="darkroom/train", seed=0, **card):
     rng = np.random.default_rng(seed)
     for k, T in enumerate(lengths):
         states = np.stack([np.full(T, k), np.arange(T)], 1).astype(np.float32)
-        data.write_trajectory(
-            folder / f"{k:06d}.hdf5", states, rng.integers(0, 5, T), rng.random(T), False
-        )
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, rng.integers(0, 5, T),
+                              rng.random(T), False)
     (folder / "task.json").write_text(json.dumps(dark_card(task=task, **card)))
     (folder / "episode_lengths.json").write_text(
-        json.dumps({f"{k:06d}": T for k, T in enumerate(lengths)})
-    )
+        json.dumps({f"{k:06d}": T for k, T in enumerate(lengths)}))
     return folder
 
 
 def test_windows_hold_what_the_file_holds(tmp_path):
-    """Rewards one step late, returns-to-go as suffix sums, both scaled; the action before; padding
-    on the right.
-    """
+    """Rewards a step late, returns-to-go suffix sums, both scaled; last action; right padding."""
     folder = write_task(tmp_path, [30, 4], reward_scale=5.0)
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     with h5py.File(folder / "000000.hdf5") as f:
         rewards, actions = f["rewards"][:], f["actions"][:]
     w = mixture.window("darkroom/train", "000000", 11, 8)
     assert w["obs"][:, 1].tolist() == list(range(11, 19))
-    assert np.allclose(w["reward"], rewards[10:18] / 5) and np.allclose(
-        w["rtg"][0], rewards[11:].sum() / 5
-    )
-    assert (
-        w["action"].tolist() == actions[11:19].tolist()
-        and w["previous"].tolist() == actions[10:18].tolist()
-    )
-    first, short = mixture.window("darkroom/train", "000000", 0, 8), mixture.window(
-        "darkroom/train", "000001", 0, 8
-    )
+    assert np.allclose(w["reward"], rewards[10:18] / 5) and \
+        np.allclose(w["rtg"][0], rewards[11:].sum() / 5)
+    assert w["action"].tolist() == actions[11:19].tolist() and \
+        w["previous"].tolist() == actions[10:18].tolist()
+    first, short = (mixture.window("darkroom/train", "000000", 0, 8),
+                    mixture.window("darkroom/train", "000001", 0, 8))
     assert first["reward"][0] == 0 and not first["known"][0] and first["known"][1:].all()
     batch = data.collate([first, short], 8)
     assert batch["mask"].sum(1).tolist() == [8, 4] and (batch["obs"][1, 4:] == 0).all()
@@ -1120,19 +989,10 @@ def damage(path, how):
             f["states"] = np.zeros((30, 3), np.float32)
 
 
-@pytest.mark.parametrize(
-    "how,words",
-    (
-        ("truncated", "truncated"),
-        ("empty", "not a readable"),
-        ("missing key", "has no rewards"),
-        ("NaN", "NaN"),
-        ("lengths", "lengths differ"),
-        ("dtype", "expected float"),
-        ("action range", "expected 0 to 4"),
-        ("state shape", "card says"),
-    ),
-)
+@pytest.mark.parametrize("how,words", (
+    ("truncated", "truncated"), ("empty", "not a readable"), ("missing key", "has no rewards"),
+    ("NaN", "NaN"), ("lengths", "lengths differ"), ("dtype", "expected float"),
+    ("action range", "expected 0 to 4"), ("state shape", "card says")))
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     """With path and reason, by training and by `data.py check`; skipped on request."""
     folder = write_task(tmp_path, [30, 30, 30])
@@ -1151,9 +1011,7 @@ def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
 
 
 def test_public_files_are_read(tmp_path):
-    """Variations of the public data sets: a scalar `dones`, returns-to-go present, RGB images made
-    gray by luma.
-    """
+    """Public variations: a scalar `dones`, returns-to-go present, RGB images made gray by luma."""
     path = tmp_path / "x.hdf5"
     image = np.random.RandomState(0).randint(0, 256, (5, 3, 64, 64), dtype=np.uint8)
     with h5py.File(path, "w") as f:
@@ -1168,9 +1026,7 @@ def test_public_files_are_read(tmp_path):
 
 
 def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
-    """A missing episode is made again, bit for bit, and nothing else is touched; the card measures
-    the expert.
-    """
+    """A missing episode is made again, bit for bit, and only it; the card measures the expert."""
     monkeypatch.chdir(tmp_path)
     data.make(["darkroom/train"], "d", episodes=12, processes=1)
     folder = Path("d/darkroom/train")
@@ -1194,9 +1050,8 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
     lengths = json.loads((folder / "episode_lengths.json").read_text())
     assert lengths == {f"{k:06d}": 100 for k in range(12)}
     states = np.concatenate([h5py.File(p)["states"][:] for p in sorted(folder.glob("*.hdf5"))])
-    assert np.allclose(card["state_mean"], states.mean(0)) and np.allclose(
-        card["state_std"], states.std(0)
-    )
+    assert np.allclose(card["state_mean"], states.mean(0)) and \
+        np.allclose(card["state_std"], states.std(0))
 
 
 def test_lost_lives_end_trajectories():
@@ -1204,31 +1059,20 @@ def test_lost_lives_end_trajectories():
     episode = worlds.Episode(0, None, None, np.zeros(6), np.array([3, 3, 2, 2, 1, 0]), False, True)
     assert data.split_lives(episode) == [(0, 3), (3, 5), (5, 6)]
     assert data.split_lives(
-        worlds.Episode(0, None, None, np.zeros(4), np.zeros(4, int), False, False)
-    ) == [(0, 4)]
+        worlds.Episode(0, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
 
 
 # ---------------------------------------------------------------------------------------- training
 def tiny_args(root, **changes):
     """A run of seconds."""
-    return train.Args(
-        tasks=("darkroom/train",),
-        data_root=root,
-        episodes_per_task=6,
-        steps=6,
-        context=10,
-        batch_size=3,
-        layers=2,
-        episodes=0,
-        save_every=3,
-        dropout=0.1,
-        **changes,
-    )
+    return train.Args(tasks=("darkroom/train",), data_root=root, episodes_per_task=6, steps=6,
+                      context=10, batch_size=3, layers=2, episodes=0, save_every=3, dropout=0.1,
+                      **changes)
 
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_resume_is_exact(backbone, tmp_path, monkeypatch):
-    """Six steps in one go, and the same run killed in its fifth and resumed: bit for bit."""
+    """Six steps in one go, and a run killed in its fifth and resumed: equal to the last bit."""
     monkeypatch.chdir(tmp_path)
     train.main(tiny_args(Path("d"), backbone=backbone, name="whole"))
     real_write = train.Log.write
@@ -1247,13 +1091,11 @@ def test_resume_is_exact(backbone, tmp_path, monkeypatch):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(x[k], y[k]) for k in x)
-    logs = [
-        [json.loads(line) for line in open(f"runs/{name}/log.jsonl")] for name in ("whole", "parts")
-    ]
+    logs = [[json.loads(line) for line in open(f"runs/{name}/log.jsonl")]
+            for name in ("whole", "parts")]
     assert logs[0] == logs[1]
-    assert (Path("runs/parts/curves.png").stat().st_size > 5000) and Path(
-        "runs/parts/config.json"
-    ).exists()
+    assert (Path("runs/parts/curves.png").stat().st_size > 5000) and \
+        Path("runs/parts/config.json").exists()
 
 
 def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
@@ -1264,28 +1106,15 @@ def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
     rng, lengths = np.random.default_rng(0), {}
     for k in range(20):
         states = rng.normal(size=(40, 2)).astype(np.float32)
-        data.write_trajectory(
-            folder / f"{k:06d}.hdf5", states, (states[:, 0] > 0).astype(int), np.zeros(40), False
-        )
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, (states[:, 0] > 0).astype(int),
+                              np.zeros(40), False)
         lengths[f"{k:06d}"] = 40
     (folder / "task.json").write_text(
-        json.dumps(dark_card(state_mean=[0.0, 0.0], state_std=[1.0, 1.0]))
-    )
+        json.dumps(dark_card(state_mean=[0.0, 0.0], state_std=[1.0, 1.0])))
     (folder / "episode_lengths.json").write_text(json.dumps(lengths))
-    train.main(
-        train.Args(
-            tasks=("darkroom/train",),
-            data_root=Path("d"),
-            episodes_per_task=20,
-            steps=120,
-            context=10,
-            batch_size=16,
-            layers=1,
-            episodes=0,
-            warmup=10,
-            name="x",
-        )
-    )
+    train.main(train.Args(tasks=("darkroom/train",), data_root=Path("d"), episodes_per_task=20,
+                          steps=120, context=10, batch_size=16, layers=1, episodes=0, warmup=10,
+                          name="x"))
     rows = [json.loads(line) for line in open("runs/x/log.jsonl")]
     assert [r["perplexity"]["darkroom"] for r in rows if "perplexity" in r][-1] < 1.3
 
@@ -1293,9 +1122,8 @@ def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
 def test_learning_rate_schedule():
     """Linear to the peak at the end of warm-up, then down a cosine to 1e-6."""
     args = train.resolve(train.Args(steps=1000, lr=1e-3, warmup=100))
-    assert np.isclose(train.learning_rate(49, args), 0.5e-3) and np.isclose(
-        train.learning_rate(99, args), 1e-3
-    )
+    assert np.isclose(train.learning_rate(49, args), 0.5e-3) and \
+        np.isclose(train.learning_rate(99, args), 1e-3)
     assert np.isclose(train.learning_rate(550, args), (1e-3 + 1e-6) / 2)
     assert train.learning_rate(999, args) < 4e-6
 
@@ -1362,28 +1190,19 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 def run(*command, cwd=REPOSITORY):
     """A command as a user would type it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment,
+                          capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "command,words",
-    (
-        (("train.py", "--backbon", "mlstm"), "--backbone"),
-        (("train.py", "--steps", "many"), "--steps"),
-        (("train.py", "--backbone", "mlstn"), "mlstm"),
-        (("train.py", "--tasks", "metaworld/reach"), "metaworld/reach-v3"),
-        (("train.py", "--tasks", "atari/freewy"), "nearest: atari/freeway"),
-        (("eval.py", "--checkpoint", "none.pt"), "train one with"),
-        (("data.py", "make", "darkrom/train"), "darkroom/train"),
-        (("train.py", "--resume", "--name", "x"), "nothing to"),
-    ),
-)
+@pytest.mark.parametrize("command,words", (
+    (("train.py", "--backbon", "mlstm"), "--backbone"),
+    (("train.py", "--steps", "many"), "--steps"),
+    (("train.py", "--backbone", "mlstn"), "mlstm"),
+    (("train.py", "--tasks", "metaworld/reach"), "metaworld/reach-v3"),
+    (("train.py", "--tasks", "atari/freewy"), "nearest: atari/freeway"),
+    (("eval.py", "--checkpoint", "none.pt"), "train one with"),
+    (("data.py", "make", "darkrom/train"), "darkroom/train"),
+    (("train.py", "--resume", "--name", "x"), "nothing to")))
 def test_mistakes_are_answered_with_the_nearest_choice(command, words, tmp_path):
     """Exit code other than 0, no traceback, and the word that helps."""
     done = run(REPOSITORY / command[0], *command[1:], cwd=tmp_path)
@@ -1397,13 +1216,8 @@ def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     lines = [part.strip() for line in lines for part in line.split("&&")]
-    return list(
-        dict.fromkeys(
-            line
-            for line in lines
-            if line.startswith("python ") and "pytest" not in line and "-m venv" not in line
-        )
-    )
+    return list(dict.fromkeys(line for line in lines if line.startswith("python ")
+                              and "pytest" not in line and "-m venv" not in line))
 
 
 def quick_form(script, rest):
