@@ -188,7 +188,7 @@ class MLSTMBlock(nn.Module):
         # gates depend on nothing at first: forget gates from sigmoid(3) to sigmoid(6), one per head
         nn.init.zeros_(self.gates.weight)
         with torch.no_grad():
-            self.gates.bias[:num_heads].normal_(std=math.sqrt(0.1))
+            self.gates.bias[:num_heads].normal_(std=0.1)
             self.gates.bias[num_heads:] = torch.linspace(3.0, 6.0, num_heads)
 
     def initial_state(self, batch_size, device=None, dtype=torch.float32):

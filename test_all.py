@@ -38,6 +38,7 @@ import train
 REPOSITORY = Path(__file__).resolve().parent
 LENGTHS = (1, 2, 3, 15, 63, 64, 65, 150)
 BARS = {torch.float64: 1e-10, torch.float32: 1e-5}
+PEER_BARS = {torch.float64: 1e-9, torch.float32: 1e-5}
 RECURRENT = ("mlstm", "xlstm", "slstm", "mamba")
 
 
@@ -303,46 +304,81 @@ def test_gpt_refuses_more_tokens_than_positions():
 
 
 # -------------------------------------------------------------------------- peers, where installed
-@pytest.mark.parametrize(
-    "kernel", ("parallel--native_stablef_autograd", "chunkwise--native_autograd")
-)
-def test_mlstm_against_mlstm_kernels(kernel):
-    """The public PyTorch kernels as black boxes; they start from m = -inf, ours from 0: equal up to
-    eps.
-    """
+def from_minus_infinity(state):
+    """A fresh (C, n, m, ...) of an mLSTM with m = -inf, as packages start: same h up to EPS."""
+    C, n, m, *rest = state
+    return (C, n, torch.full_like(m, -torch.inf), *rest)
+
+
+@pytest.mark.parametrize("dtype", PEER_BARS)
+@pytest.mark.parametrize("eps", (1e-6, 0.0))
+@pytest.mark.parametrize("kernel,given", (
+    ("parallel--native_stablef_autograd", False),
+    ("chunkwise--native_autograd", False),
+    ("chunkwise--native_autograd", True),
+))
+def test_mlstm_against_mlstm_kernels(kernel, given, eps, dtype, monkeypatch):
+    """The public PyTorch kernels: output, state and gradients, fresh and from a given state."""
     public = pytest.importorskip("mlstm_kernels.torch").get_mlstm_kernel(kernel)
-    inputs, _ = mlstm_inputs(64)
-    named = dict(zip("qkvif", inputs))
+    monkeypatch.setattr(mlstm, "EPS", eps)
+    inputs, state = mlstm_inputs(64)
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    state = [x.to(dtype) for x in (state if given else map(torch.zeros_like, state))]
+    weight = torch.randn(2, 3, 64, 20, dtype=dtype)
+    gradients = lambda h: torch.autograd.grad((h * weight).sum(), inputs)
+    options = {}
     if kernel.startswith("parallel"):
-        theirs = public(**named, eps=1e-6)
+        state = from_minus_infinity(state)
     else:
-        theirs, (C, n, m) = public(**named, eps=1e-6, chunk_size=16, return_last_states=True)
-        _, end = mlstm.mlstm_chunkwise(*inputs)
-        assert max(relative(a, b) for a, b in zip(end, (C, n, m.reshape(2, 3)))) < 1e-9
+        options = {"chunk_size": 16, "return_last_states": True}
+    if given:
+        C, n, m = state
+        options |= {"c_initial": C, "n_initial": n, "m_initial": m[..., None]}
+    theirs, end = public(**dict(zip("qkvif", inputs)), eps=eps, **options), ()
+    if options:
+        theirs, (C, n, m) = theirs
+        end = (C, n, m[..., 0])
+    # theirs carries a gradient through m, on which h depends through eps alone
+    gradient_bar = 1e-9 if dtype == torch.float64 and eps == 0 else 5e-5
+    expected = gradients(theirs)
     for form in MLSTM_FORMS.values():
-        assert relative(form(*inputs)[0], theirs) < 1e-5
+        h, ours = form(*inputs, state)
+        for a, b in zip((h, *ours), (theirs, *end)):
+            assert relative(a.detach(), b.detach()) < PEER_BARS[dtype]
+        for a, b in zip(gradients(h), expected):
+            assert relative(a, b) < gradient_bar
 
 
-def test_xlstm_stack_against_the_public_package():
-    """Blocks of both kinds with random weights, copied name by name: the same function."""
+@pytest.mark.parametrize("dtype", PEER_BARS)
+def test_xlstm_stack_against_the_public_package(dtype):
+    """Both kinds of block with random weights, copied name by name; in one call and in steps."""
     xlstm = pytest.importorskip("xlstm")
     kind = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(
-        conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=4))
+        conv1d_kernel_size=4, qkv_proj_blocksize=4, proj_factor=2.0, num_heads=4))
     other = xlstm.sLSTMBlockConfig(
         slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=4, conv1d_kernel_size=4),
         feedforward=xlstm.FeedForwardConfig(proj_factor=1.3, act_fn="gelu"))
     public = xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(
-        mlstm_block=kind, slstm_block=other, context_length=60, num_blocks=3, embedding_dim=64,
-        slstm_at=[1])).double().eval()
+        mlstm_block=kind, slstm_block=other, context_length=60, num_blocks=3, embedding_dim=96,
+        slstm_at=[1])).to(dtype).eval()
     with torch.no_grad():
         for p in public.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    config = lram.Config("xlstm", dim=64, layers=3, heads=4, slstm_at=(1,))
-    ours = lram.Backbone(config).double().eval()
+    config = lram.Config("xlstm", dim=96, layers=3, heads=4, slstm_at=(1,))
+    ours = lram.Backbone(config).to(dtype).eval()
     ours.load_state_dict(from_public_xlstm(public.state_dict(), layers=3, slstm_at=(1,), heads=4))
-    x = torch.randn(2, 60, 64, dtype=torch.float64)
+    x = 3 * torch.randn(2, 60, 96, dtype=dtype)
+    start = [state if layer == 1 else from_minus_infinity(state)
+             for layer, state in enumerate(ours.initial_state(2, dtype=dtype))]
     with torch.no_grad():
-        assert relative(ours(x)[0], public(x)) < 1e-5
+        theirs = public(x)
+        assert relative(ours(x, start)[0], theirs) < PEER_BARS[dtype]
+        assert relative(ours(x)[0], theirs) < 1e-5          # from m = 0
+        state, peer_state = None, None
+        for t in range(12):                                 # the package's step takes one token
+            theirs, peer_state = public.step(x[:, t : t + 1], peer_state)
+            y, state = ours(x[:, t : t + 1], state)
+            assert relative(y, theirs) < PEER_BARS[dtype]
 
 
 def from_public_xlstm(weights, layers, slstm_at, heads):
@@ -385,14 +421,20 @@ def from_public_xlstm(weights, layers, slstm_at, heads):
     return out
 
 
-def test_mamba_against_mambapy():
-    """One block with random weights, copied name by name: the same function."""
+@pytest.mark.parametrize("dtype", PEER_BARS)
+@pytest.mark.parametrize("pscan", (False, True))
+def test_mamba_against_mambapy(pscan, dtype):
+    """Two blocks with random weights, copied name by name: one call, and steps with their states.
+    mambapy rounds A and D to float32 whatever the dtype (about 1e-7).
+    """
     mambapy = pytest.importorskip("mambapy.mamba")
-    public = mambapy.ResidualBlock(mambapy.MambaConfig(d_model=48, n_layers=1, pscan=False)).eval()
-    ours = mamba.MambaBlock(48).eval()
+    bar = 1e-6 if dtype == torch.float64 else 1e-5
+    config = mambapy.MambaConfig(d_model=48, n_layers=2, pscan=pscan, rms_norm_eps=1e-5)
+    public = mambapy.Mamba(config).to(dtype).eval()
+    ours = lram.Backbone(lram.Config("mamba", dim=48, layers=2)).to(dtype).eval()
     with torch.no_grad():
         for p in public.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(0.2 * torch.randn_like(p))
     names = {
         "norm": "norm.weight",
         "up.weight": "mixer.in_proj.weight",
@@ -406,10 +448,22 @@ def test_mamba_against_mambapy():
         "down.weight": "mixer.out_proj.weight",
     }
     weights = public.state_dict()
-    ours.load_state_dict({mine: weights[theirs] for mine, theirs in names.items()})
-    x = torch.randn(2, 30, 48)
+    ours.load_state_dict({"norm.weight": torch.ones(48)} | {
+        f"blocks.{layer}.{mine}": weights[f"layers.{layer}.{theirs}"]
+        for layer in range(2) for mine, theirs in names.items()
+    })
+    final = lambda y: F.rms_norm(y, (48,), eps=1e-5)      # theirs ends without
+    x = torch.randn(2, 30, 48, dtype=dtype)
     with torch.no_grad():
-        assert relative(ours(x)[0], public(x)) < 1e-5
+        assert relative(ours(x)[0], final(public(x))) < bar
+        state, caches = None, [(None, torch.zeros(2, 96, 3, dtype=dtype)) for _ in range(2)]
+        for t in range(12):
+            theirs, caches = public.step(x[:, t], caches)
+            y, state = ours(x[:, t : t + 1], state)
+            assert relative(y[:, 0], final(theirs)) < bar
+        for (h, conv), (their_h, their_conv) in zip(state, caches):
+            assert relative(h, their_h) < bar
+            assert relative(conv, their_conv.transpose(1, 2)) < bar
 
 
 # ----------------------------------------------------------------------------- blocks and backbone
@@ -501,6 +555,8 @@ def test_initialisation():
     assert abs(block.down.weight.std() / (2 / 8 / 512 ** 0.5) - 1) < 0.02
     assert torch.equal(block.gates.weight, torch.zeros_like(block.gates.weight))
     assert torch.allclose(block.gates.bias[4:], torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    bias = torch.cat([mlstm.MLSTMBlock(64, 4).gates.bias[:4] for _ in range(100)])
+    assert abs(bias.std() / 0.1 - 1) < 0.15         # of the public package; not of variance 0.1
     block = slstm.SLSTMBlock(64, 4, num_blocks=5, block_index=2)
     expected = [5 - 12 * (j / 15) ** (0.3 + 1.3 * 0.5) for j in range(16)]
     assert torch.allclose(block.bias[1, 2], torch.tensor(expected), atol=1e-5)
