@@ -48,7 +48,7 @@ from eval import (
     DOMAINS,
     DarkRoom,
     constant_policy,
-    is_available,
+    install_line,
     make_env,
     random_policy,
     rollout,
@@ -299,9 +299,7 @@ class BreakoutExpert:
 # ----------------------------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class Recipe:
-    """How the data of a task are made: whose actions, how many episodes, how much noise in their
-    execution.
-    """
+    """How a task's data are made: whose actions, how many episodes, how noisy their execution."""
     expert: Callable                # expert(env) -> policy(obs, reward) -> action
     episodes: int = 30
     sigma: float = 0.3              # largest noise; a quarter of the episodes has none
@@ -414,9 +412,7 @@ def split_lives(episode):
 
 
 def _make_episodes(task, folder, seeds):
-    """Worker: play the expert on seeds and write a file per trajectory; a seed's files appear
-    together.
-    """
+    """Worker: play the expert on these seeds and write one file per trajectory."""
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
     make = lambda: NoisyActions(make_env(task), recipe.sigma)
     for episode in rollout(make, partial(expert_policy, expert=recipe.expert), seeds, num_envs=1):
@@ -433,9 +429,7 @@ def _make_episodes(task, folder, seeds):
 
 
 def _measure(task, who, seeds):
-    """Worker: mean returns of the expert without noise, the random policy or a constant action
-    (int).
-    """
+    """Worker: returns of the noise-free expert, the random policy or a constant action (int)."""
     policy = {
         "expert": partial(expert_policy, expert=recipe_of(task).expert),
         "random": random_policy,
@@ -453,7 +447,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     from tqdm import tqdm
     root, present, plans = Path(root), [], {}
     for task in tasks:
-        missing = is_available(task)
+        missing = install_line(task)
         if missing:
             print(f"{task} left out: its simulator is not installed ({missing})", file=sys.stderr)
             continue
@@ -597,9 +591,7 @@ class BadTrajectory(ValueError):
 
 @dataclass
 class Trajectory:
-    """One validated trajectory; images stay on disk and are sliced there, everything else is in
-    memory.
-    """
+    """One validated trajectory; images stay on disk and are sliced there, the rest is in memory."""
     states: np.ndarray | h5py.Dataset       # (T, S) float32 or (T, 1, 64, 64) uint8
     actions: np.ndarray                     # (T,) int64 or (T, A) float32
     rewards: np.ndarray                     # (T,) float32
@@ -608,9 +600,7 @@ class Trajectory:
 
 
 def open_trajectory(path, card=None):
-    """Read and validate one file (against its task's card, if given). Raises BadTrajectory with
-    path and reason.
-    """
+    """Read and validate one file, with its task's card if given. BadTrajectory: path and reason."""
     bad = lambda reason: BadTrajectory(f"{path}: {reason}")
     try:
         f = h5py.File(path, "r")
@@ -725,9 +715,7 @@ def load_card(folder):
 
 
 def load_lengths(folder):
-    """{episode: steps} from the index, so that no trajectory is opened; read from the files where
-    there is none.
-    """
+    """{episode: steps} from the index, so that no file is opened; from the files without one."""
     index, folder = Path(folder) / "episode_lengths.json", Path(folder)
     if index.exists():
         return json.loads(index.read_text())
@@ -739,8 +727,7 @@ def load_lengths(folder):
 
 # ----------------------------------------------------------------------------------------- windows
 class Mixture:
-    """The trajectories of several tasks, as random windows for training and fixed ones for
-    validation.
+    """The trajectories of several tasks: random windows for training, fixed ones to validate.
 
     Batches come from one domain at a time. Every batch follows from (seed, step, domain) alone, so
     a run that is resumed at a step sees what it would have seen. on_bad: "refuse" stops at a

@@ -302,9 +302,7 @@ def make_atari(game, render=False):
 # -------------------------------------------------------------------------------------- task table
 @dataclass(frozen=True)
 class Domain:
-    """One row: how to make its tasks, what to install, how rewards are read, how many episodes
-    score a task.
-    """
+    """One row: how to make tasks, what to install, how rewards are read, how scores are taken."""
     make: Callable                      # (task name, render) -> gymnasium.Env
     package: str                        # what `import` needs
     install: str                        # what pip needs
@@ -376,9 +374,7 @@ def all_tasks():
 
 
 def split_task(task):
-    """ "metaworld/reach-v3" -> (Domain, "reach-v3"); a name that cannot be is answered with the
-    nearest one.
-    """
+    """ "metaworld/reach-v3" -> (Domain, "reach-v3"); SystemExit names the nearest that exists."""
     domain, _, name = task.partition("/")
     if domain in DOMAINS and name:
         return DOMAINS[domain], name
@@ -390,7 +386,7 @@ def split_task(task):
     )
 
 
-def is_available(task):
+def install_line(task):
     """None if the task's simulator is installed, else the line that installs it."""
     domain, _ = split_task(task)
     found = importlib.util.find_spec(domain.package) is not None
@@ -398,11 +394,9 @@ def is_available(task):
 
 
 def make_env(task, render=False):
-    """The environment of "domain/task"; SystemExit with what to do when it does not exist or is not
-    installed.
-    """
+    """The environment of "domain/task"; SystemExit says what to do where there is none."""
     domain, name = split_task(task)
-    missing = is_available(task)
+    missing = install_line(task)
     if missing:
         raise SystemExit(
             f"{task} needs a simulator that is not installed; install it with: {missing}"
@@ -456,8 +450,7 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
             for row in np.flatnonzero(done & active):
                 yield _episode(row_seeds[row], logs[row], bool(terminated[row]), keep_states)
                 logs[row] = []
-                # the row goes on with the next seed; with none left it idles until the others are
-                # done
+                # on with the next seed; with none left the row idles until the others are done
                 active[row] = bool(queue)
                 row_seeds[row] = queue.pop(0) if queue else row_seeds[row]
             if done.any() and active.any():
@@ -508,9 +501,7 @@ def normalise(returns, card):
 
 
 def bootstrap_interval(groups, statistic, draws=2000, seed=0):
-    """95 % interval of statistic(groups), groups a list of arrays, each redrawn within itself
-    (stratified).
-    """
+    """95 % interval of statistic(groups), each of the arrays redrawn within itself (stratified)."""
     rng = np.random.default_rng(seed)
     values = [statistic([rng.choice(g, len(g)) for g in groups]) for _ in range(draws)]
     return [float(x) for x in np.percentile(values, [2.5, 97.5])]
@@ -525,18 +516,14 @@ def mean_over_domains(groups, domains):
 
 
 def interquartile_mean(groups):
-    """Mean of the middle half of all episodes of all tasks: robust against single disasters and
-    records.
-    """
+    """Mean of the middle half of all episodes: robust against single disasters and records."""
     x = np.sort(np.concatenate(groups))
     cut = len(x) // 4
     return float(x[cut:len(x) - cut].mean())
 
 
 def summarise(results):
-    """{task: {"returns", "card"}} -> the content of scores.json: per task, per domain, over
-    domains.
-    """
+    """{task: {"returns", "card"}} -> the content of scores.json: by task, by domain, overall."""
     tasks, groups = {}, {}
     for task, result in results.items():
         card = result["card"]
@@ -557,13 +544,8 @@ def summarise(results):
     summary = {"tasks": tasks}
     if trained:
         chosen, domains = [groups[t] for t in trained], [t.split("/")[0] for t in trained]
-        summary["domains"] = {
-            d: mean_over_domains(
-                [g for g, e in zip(chosen, domains) if e == d],
-                [d] * len([e for e in domains if e == d]),
-            )
-            for d in dict.fromkeys(domains)
-        }
+        within = lambda domain: [g.mean() for g, d in zip(chosen, domains) if d == domain]
+        summary["domains"] = {d: float(np.mean(within(d))) for d in dict.fromkeys(domains)}
         summary["mean_over_domains"] = mean_over_domains(chosen, domains)
         summary["interval"] = bootstrap_interval(
             chosen, partial(mean_over_domains, domains=domains)
@@ -599,9 +581,7 @@ def format_table(summary):
 def score_task(
     model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None
 ):
-    """Play a model on one task: its returns, and those of the best constant action on the same
-    seeds.
-    """
+    """A model's returns on one task, and those of the best constant action on the same seeds."""
     from lram import Agent
     seeds = [seed + k for k in range(episodes)]
     play = partial(
@@ -648,10 +628,10 @@ def evaluate(
     """
     import torch
     from tqdm import tqdm
-    counts = {t: episodes or split_task(t)[0].episodes for t in cards if not is_available(t)}
+    counts = {t: episodes or split_task(t)[0].episodes for t in cards if not install_line(t)}
     for task in cards.keys() - counts.keys():
         print(
-            f"{task} left out: its simulator is not installed ({is_available(task)})",
+            f"{task} left out: its simulator is not installed ({install_line(task)})",
             file=sys.stderr,
         )
     cost = {task: n * split_task(task)[0].steps for task, n in counts.items()}
@@ -739,9 +719,7 @@ class Args:
     seed: int = EVALUATION_SEED
     """Episode k uses seed + k. The default seeds are used for nothing else."""
     context: Literal["carry", "window", "stagger"] | None = None
-    """How to act in episodes longer than training's windows (default: carry; gpt: stagger). See
-    lram.Agent.
-    """
+    """Acting beyond training's windows, see lram.Agent (default: carry; gpt: stagger)."""
     temperature: float = 0.0
     """0 acts greedily; above, actions are sampled."""
     target_return: float | None = None
@@ -757,9 +735,7 @@ class Args:
     video: Path | None = None
     """Record one episode of the first task as an animated GIF and stop."""
     compare: tuple[Path, ...] = ()
-    """Instead of scoring: a table (and with --output a picture) of these scores.json of several
-    runs.
-    """
+    """Instead of scoring: a table of several runs' scores.json (with --output also a picture)."""
     list: bool = False
     """Print the task table and what is missing for each, and stop."""
 
@@ -846,7 +822,7 @@ def main(args):
     """See the opening of this file."""
     if args.list:
         for task in all_tasks():
-            print(f"{task:<36}{is_available(task) or 'available'}")
+            print(f"{task:<36}{install_line(task) or 'available'}")
         return
     if args.compare:
         return compare(args.compare, args.output)
