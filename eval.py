@@ -69,7 +69,8 @@ class MetaWorld(gym.Env):
         import metaworld                                   # 0.4 s: only who uses it pays for it
         tasks = metaworld.ALL_V3_ENVIRONMENTS
         if name not in tasks:
-            raise ValueError(f'no Meta-World task {name!r}; choose from: {", ".join(tasks)}')
+            near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.0)
+            raise ValueError(f"no Meta-World task {name!r}; nearest: {', '.join(near)}")
         self.name, self.render_mode = name, render_mode
         self.sim = tasks[name](render_mode=render_mode, camera_name="corner2")
         # Do what set_task() would do, less the frozen draw: goal and objects are drawn anew from
@@ -800,7 +801,7 @@ def compare(paths, output):
     axis.set_xticks(x, labels, rotation=0, fontsize=7)
     axis.set_ylabel("score (0 random, 1 expert)")
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), None)
-    axis.legend(ncol=3, fontsize=8)
+    axis.legend(ncol=len(runs) + 1, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(output, dpi=110)
     plt.close(figure)
     print(f"wrote {output}", file=sys.stderr)

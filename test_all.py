@@ -1254,11 +1254,14 @@ def run(*command, cwd=REPOSITORY):
     (("train.py", "--backbon", "mlstm"), "--backbone"),
     (("train.py", "--steps", "many"), "--steps"),
     (("train.py", "--backbone", "mlstn"), "mlstm"),
-    (("train.py", "--tasks", "metaworld/reach"), "metaworld/reach-v3"),
+    (("train.py", "--tasks", "metaworld/reach"), "nearest: reach-v3"),
     (("train.py", "--tasks", "atari/freewy"), "nearest: atari/freeway"),
     (("eval.py", "--checkpoint", "none.pt"), "train one with"),
     (("data.py", "make", "darkrom/train"), "darkroom/train"),
-    (("train.py", "--resume", "--name", "x"), "nothing to")))
+    (("train.py", "--resume", "--name", "x"), "nothing to"),
+    (("train.py", "--heads", "5"), "power of two"),
+    (("train.py", "--tokens", "rtg,s"), "in this order"),
+    (("train.py", "--backbone", "gpt", "--size", "206m-half"), "gpt has '206m'")))
 def test_mistakes_are_answered_with_the_nearest_choice(command, words, tmp_path):
     """Exit code other than 0, no traceback, and the word that helps."""
     done = run(REPOSITORY / command[0], *command[1:], cwd=tmp_path)

@@ -153,9 +153,7 @@ def run_folder(args):
             raise SystemExit(f"nothing to resume: runs/{base} holds no checkpoint; "
                              "start without --resume")
         return with_checkpoint[-1]
-    folder = Path("runs") / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
-    folder.mkdir(parents=True)
-    return folder
+    return Path("runs") / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
 
 
 def resumed_args(args, saved):
@@ -417,18 +415,29 @@ def main(args):
     device, dtype, reason = choose_device(args.device, args.dtype)
     torch.manual_seed(args.seed)
 
+    # the model first: a setting that cannot be is refused before any data are made
+    try:
+        config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
+                        slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
+                        tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
+                        standardise=args.standardise)
+        model = LRAM(config).to(device)
+    except ValueError as error:
+        raise SystemExit(f"these settings do not fit together: {error}") from None
+    if args.init_from and not saved:
+        try:
+            model.load_state_dict(load_checkpoint(args.init_from)["model"])
+        except RuntimeError as error:
+            raise SystemExit(f"--init-from {args.init_from} is a model of another shape; give its "
+                             f"--backbone, --size, --tokens ... too. {str(error)[:300]}") from None
+
     # data: what is missing is made now
     tasks = data.make(args.tasks, args.data_root, args.episodes_per_task)
     mixture = data.Mixture(args.data_root, tasks, args.standardise, args.on_bad, args.top_fraction)
     data_seconds = time.perf_counter() - started
 
-    # model and optimizer
-    config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads, cnn=args.cnn,
-                    slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
-                    tokens=tuple(args.tokens.split(",")), standardise=args.standardise)
-    model = LRAM(config).to(device)
-    if args.init_from and not saved:
-        model.load_state_dict(load_checkpoint(args.init_from)["model"])
+    # optimizer, and what a resumed run left
+    folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
