@@ -449,7 +449,10 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
     for task in tasks:
         missing = install_line(task)
         if missing:
-            print(f"{task} left out: its simulator is not installed ({missing})", file=sys.stderr)
+            made = (root / task / "task.json").exists()         # can be trained on all the same
+            present += [task] if made else []
+            print(f"{task} {'cannot be scored' if made else 'left out'}: its simulator is not "
+                  f"installed ({missing})", file=sys.stderr)
             continue
         present.append(task)
         plan = _plan(task, root / task, episodes)
@@ -481,8 +484,12 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
                     future.result()
                 bar.set_postfix_str(task)
                 bar.update(cost(task, args))
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit("\ninterrupted; the same command continues where it was") from None
+            if isinstance(error, OSError):                      # a full disk
+                raise SystemExit(str(error)) from None
             raise
     for task in sorted(plans, key=lambda task: "heldout" in task):
         _finish_task(task, root / task, measured[task])

@@ -430,7 +430,7 @@ def save_checkpoint(path, payload):
     try:
         torch.save(payload, temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise SystemExit(f"cannot write {path} ({error}); the last good checkpoint is untouched. "
                          "Free some space and run again with --resume") from error

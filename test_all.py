@@ -1227,16 +1227,20 @@ def test_missing_simulators_are_named_and_left_out(tmp_path, monkeypatch, capsys
     tasks = ["metaworld/reach-v3", "darkroom/train"]
     assert data.make(tasks, tmp_path, episodes=2, processes=1) == ["darkroom/train"]
     assert "metaworld/reach-v3 left out" in capsys.readouterr().err
+    write_task(tmp_path / "made", [20, 20], task="metaworld/reach-v3")     # the data are there
+    assert data.make(tasks[:1], tmp_path / "made") == ["metaworld/reach-v3"]
+    assert "metaworld/reach-v3 cannot be scored" in capsys.readouterr().err
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("write")))
+def test_a_full_disk_loses_nothing(error, tmp_path, monkeypatch):
     """Writing fails halfway: the old file stands and no half-written one is left."""
     path = tmp_path / "c.pt"
     lram.save_checkpoint(path, {"model": 1})
 
     def full(payload, target):
         Path(target).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="last good checkpoint is untouched"):
         lram.save_checkpoint(path, {"model": 2})
