@@ -303,6 +303,361 @@ def test_gpt_refuses_more_tokens_than_positions():
         model.backbone(torch.randn(2, 1, 32), state)
 
 
+# ------------------------------------------------------------------------- kernels, on a GPU or not
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # set by test_kernels_interpreted
+GPU = torch.cuda.is_available() and not INTERPRETED
+kernel_test = pytest.mark.skipif(not (INTERPRETED or GPU), reason="run by test_kernels_interpreted")
+
+
+@pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="Triton is for Linux")
+def test_kernels_interpreted():
+    """Every kernel test of this file in a process where Triton interprets kernels on the CPU."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
+         "-k", "kernel and not interpreted and not ahead and not against"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout, result.stdout[-500:]
+
+
+@pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="Triton is for Linux")
+def test_kernels_compile_ahead_of_time():
+    """Two widths of the paper for two GPUs nobody needs to have; all: kernels.py --compile-all."""
+    result = run("-c", "import kernels; kernels.compile_all((352, 640))")
+    assert result.returncode == 0, result.stderr[-3000:]
+    import kernels
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        assert re.search(rf"^{name} +\d+ binaries", result.stdout, re.M), name
+
+
+def kernel_errors(cell, truth, inputs, state, weights, dtype=torch.float32):
+    """Largest relative errors of cell's output, final state and gradients; and its launches."""
+    import kernels
+    device = "cuda" if GPU else "cpu"
+    move = lambda xs: [x.to(device) for x in xs]
+    args = move(inputs), move(state), move(weights)
+    kernels.LAUNCHES.clear()
+    result = value_and_gradients(cell, *args, dtype)
+    launches = dict(kernels.LAUNCHES)
+    return [relative(a, b) for a, b in zip(
+        result, value_and_gradients(truth, *args, torch.float64))], launches
+
+
+def mlstm_kernel_case(T, K, V, B=1, H=3):
+    inputs, state = mlstm_inputs(T, B, H, K, V)
+    return inputs, state, [torch.randn(B, H, T, V).double(), torch.randn(B, H, K, V).double(),
+                           torch.randn(B, H, K).double()]
+
+
+@kernel_test
+@pytest.mark.parametrize("T,K,V,chunk", (
+    *((T, 16, 48, None) for T in (1, 2, 3, 15, 16, 17, 63, 64, 65, 150, 200)),
+    *((T, 80, 176, None) for T in (1, 3, 16, 17, 63, 65)), (33, 176, 80, None),
+    (150, 48, 16, None), (200, 176, 80, None),
+    *((T, 16, 48, 64) for T in (65, 128, 150, 200)), (40, 80, 16, 16), (50, 176, 80, 48),
+))
+def test_mlstm_kernel(T, K, V, chunk, monkeypatch):
+    """Output, C, n, m, gradients of q, k, v, i, f, C0, n0, by the rule and in given chunks."""
+    import kernels
+    if chunk:
+        monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: chunk)
+    errors, launches = kernel_errors(kernels.mlstm_chunkwise_triton, mlstm.mlstm_recurrent,
+                                     *mlstm_kernel_case(T, K, V))
+    assert max(errors) < 1e-4, errors
+    assert launches == dict(gate_kernel=1, states_kernel=2, scores_kernel=1, mix_kernel=4,
+                            dscores_kernel=1, dgates_kernel=1)
+
+
+@kernel_test
+@pytest.mark.parametrize("T,chunk", ((3, None), (65, None), (150, 64)))
+@pytest.mark.parametrize("use", ("h", "C", "n"))
+def test_mlstm_kernel_without_a_state(T, chunk, use, monkeypatch):
+    """Fresh, and a loss of one result only: every combination of work left out."""
+    import kernels
+    if chunk:
+        monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: chunk)
+    inputs, _ = mlstm_inputs(T, B=2, H=1, K=32, V=16)
+    results = []
+    for cell, dtype in ((mlstm.mlstm_recurrent, torch.float64),
+                        (kernels.mlstm_chunkwise_triton, torch.float32)):
+        leaves = [x.to(device="cuda" if GPU else "cpu", dtype=dtype).requires_grad_()
+                  for x in inputs]
+        h, (C, n, _) = cell(*leaves)
+        loss = {"h": h, "C": C, "n": n}[use].sin().sum()
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        results.append([h, C, n, *(torch.zeros_like(x) if g is None else g
+                                   for x, g in zip(leaves, gradients))])
+    errors = [relative(b, a) for a, b in zip(*results)]
+    assert max(errors) < 1e-4, errors
+    h, none = kernels.mlstm_chunkwise_triton(*(x.float() for x in leaves), final_state=False)
+    assert none is None and torch.equal(h, results[1][0])
+
+
+@kernel_test
+@pytest.mark.parametrize("T", range(1, 9))
+def test_mlstm_step_kernel(T):
+    """One launch, in place or not: the same bits, and the float64 recurrence to 1e-4."""
+    import kernels
+    for K, V in ((16, 48), (176, 80)):
+        inputs, state, _ = mlstm_kernel_case(T, K, V, B=3, H=2)
+        device = "cuda" if GPU else "cpu"
+        inputs, state = ([x.float().to(device) for x in xs] for xs in (inputs, state))
+        kernels.LAUNCHES.clear()
+        h, end = kernels.mlstm_triton(*inputs, tuple(state))
+        assert kernels.LAUNCHES == {"step_kernel": 1}
+        truth, true_end = mlstm.mlstm_recurrent(*(x.double() for x in inputs),
+                                                tuple(x.double() for x in state))
+        errors = [relative(a, b) for a, b in zip((h, *end), (truth, *true_end))]
+        assert max(errors) < 1e-4, errors
+        again, (C, n, m) = kernels.mlstm_step_triton(*inputs, state, in_place=True)
+        assert C is state[0]
+        assert all(torch.equal(a, b) for a, b in zip((again, C, n, m), (h, *end)))
+
+
+@kernel_test
+@pytest.mark.parametrize("T,chunk", ((7, None), (200, None), (400, 64)))
+def test_mlstm_kernel_under_stress(T, chunk, monkeypatch):
+    """Gates of +-30, numerator and denominator apart as in test_mlstm_under_stress."""
+    import kernels
+    if chunk:
+        monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: chunk)
+    (q, k, v, *_), state = mlstm_inputs(T, 1, 1, 16, 16)
+    device = "cuda" if GPU else "cpu"
+    inputs = [q, k, v, *(torch.rand(2, 1, 1, T, dtype=torch.float64) - 0.5) * 60]
+    single = [x.float().to(device).requires_grad_() for x in inputs]
+    h, end = kernels.mlstm_chunkwise_triton(*single, [x.float().to(device) for x in state])
+    gradients = torch.autograd.grad(h.sum() + end[0].sum(), single)
+    assert all(torch.isfinite(x).all() for x in (h, *end, *gradients))
+    end64 = mlstm.mlstm_recurrent(*inputs, state)[1]
+    assert max(relative(a.cpu(), b) for a, b in zip(end, end64)) < 1e-4
+
+    monkeypatch.setattr(mlstm, "quotient", lambda num, den, m: torch.cat([num, den[..., None]], -1))
+    exact = mlstm.mlstm_recurrent(*inputs, state)[0]                    # (1, 1, T, V + 1)
+    size = mlstm.mlstm_recurrent(*(x.abs() for x in inputs[:3]), *inputs[3:],
+                                 [*(x.abs() for x in state[:2]), state[2]])[0]
+    swap = [x.detach().transpose(1, 2).contiguous() for x in single[:3]]
+    h, _, _, _, _, _, m, den, *_ = kernels.mlstm_forward(
+        *swap, *(x.detach() for x in single[3:]), *(x.float().to(device) for x in state),
+        False, True, True)
+    num = h.transpose(1, 2) * (torch.maximum(den.abs(), torch.exp(-m)) + mlstm.EPS)[..., None]
+    ours = torch.cat([num, den[..., None]], -1).cpu().double()
+    finite = torch.isfinite(ours)           # exp(-m) may be infinite, then h is 0 and num unknown
+    assert finite[..., -1].all()
+    assert ((ours - exact).abs() / size.clamp_min(1e-300))[finite].max() < 1e-4
+
+
+@kernel_test
+@pytest.mark.parametrize("T", (3, 40))
+def test_mlstm_kernel_closed_and_broken_gates(T):
+    """f = -inf forgets all, i = -inf writes nothing; NaN shows from its token on, not before."""
+    import kernels
+    inputs, state = mlstm_inputs(T, 1, 2, 16, 16)
+    device = "cuda" if GPU else "cpu"
+    inputs[3][:, :, 1] = -torch.inf
+    inputs[4][:, :, T - 1] = -torch.inf
+    single = [x.float().to(device) for x in inputs]
+    h, end = kernels.mlstm_triton(*single, [x.float().to(device) for x in state])
+    truth, true_end = mlstm.mlstm_recurrent(*inputs, state)
+    assert max(relative(a.cpu(), b) for a, b in zip((h, *end), (truth, *true_end))) < 1e-4
+    for gate in (3, 4):
+        broken = [x.clone() for x in single]
+        broken[gate][:, :, 1] = torch.nan
+        h, end = kernels.mlstm_triton(*broken, [x.float().to(device) for x in state])
+        assert torch.isfinite(h[:, :, 0]).all() and torch.isnan(h[:, :, 1:]).all()
+        assert torch.isnan(end[0]).all() and torch.isnan(end[1]).all()
+
+
+def slstm_kernel_case(T, dh, B=3, H=2):
+    inputs, state = slstm_inputs(T, B, H, dh)
+    inputs[1] = inputs[1] * (10 / dh) ** 0.5
+    return inputs, state, [torch.randn(B, T, H, dh).double(),
+                           *torch.randn(3, B, H, dh).double()]
+
+
+@kernel_test
+@pytest.mark.parametrize("T,dh,B,H", (
+    *((T, 16, 3, 2) for T in (1, 2, 3, 15, 16, 17)), (2, 45, 17, 3), (9, 45, 17, 3), (3, 266, 2, 1),
+    (5, 266, 2, 1), (65, 24, 1, 1), (4, 80, 2, 3)))
+def test_slstm_kernel(T, dh, B, H):
+    """Output, y, c, n, m and gradients of gates, R, y0, c0, n0; one launch each from T = 4 on."""
+    import kernels
+    errors, launches = kernel_errors(kernels.slstm_scan_triton, slstm.slstm_recurrent,
+                                     *slstm_kernel_case(T, dh, B, H))
+    assert max(errors) < 1e-4, errors
+    assert launches == dict(slstm_forward_kernel=1 if T > 3 else T,
+                            slstm_backward_kernel=1 if T > 3 else T + 1)
+
+
+@kernel_test
+@pytest.mark.parametrize("T", (3, 12))
+def test_slstm_kernel_under_stress(T):
+    """Gates of +-30, and an input gate that is closed from the first token on."""
+    import kernels
+    inputs, state, weights = slstm_kernel_case(T, 24)
+    inputs[0] = torch.where(torch.rand_like(inputs[0]) < 0.5, -30.0, 30.0) + inputs[0]
+    errors, _ = kernel_errors(kernels.slstm_scan_triton, slstm.slstm_recurrent, inputs, state,
+                              weights)
+    assert max(errors) < 1e-4, errors
+    inputs = [x.detach() for x in inputs]
+    inputs[0][:, :, 0] = -1e30
+    device = "cuda" if GPU else "cpu"
+    single = [x.float().to(device) for x in inputs]
+    for fresh in (True, False):
+        ours, end = kernels.slstm_scan_triton(*single, None if fresh else
+                                              [x.float().to(device) for x in state])
+        truth, true_end = slstm.slstm_recurrent(*inputs, None if fresh else
+                                                [x.detach() for x in state])
+        assert max(relative(a.cpu(), b) for a, b in zip((ours, *end), (truth, *true_end))) < 1e-4
+
+
+@kernel_test
+@pytest.mark.parametrize("T,B,E,N", (
+    *((T, 1, 5, 16) for T in (1, 2, 3, 15, 16, 17, 65)), (9, 3, 80, 7), (20, 2, 70, 16),
+    (8, 1, 1, 1), (5, 2, 5, 40)))
+def test_mamba_kernel(T, B, E, N):
+    """Output, state and all seven gradients, one launch each."""
+    import kernels
+    inputs, state = mamba_inputs(T, B, E, N)
+    weights = [torch.randn(B, T, E).double(), torch.randn(B, E, N).double()]
+    errors, launches = kernel_errors(scan_form(kernels.selective_scan_triton),
+                                     scan_form(mamba.selective_scan_recurrent), inputs, state,
+                                     weights)
+    assert max(errors) < 1e-4, errors
+    assert launches == dict(scan_forward_kernel=1, scan_backward_kernel=1)
+
+
+@kernel_test
+def test_mamba_kernel_under_stress():
+    """Step sizes of 0, 1e-6 and 50: decays of 1 and of 0."""
+    import kernels
+    inputs, state = mamba_inputs(33, 2, 20, 16)
+    inputs[1] = torch.tensor([0.0, 1e-6, 50.0]).double()[torch.randint(0, 3, (2, 33, 20))]
+    weights = [torch.randn(2, 33, 20).double(), torch.randn(2, 20, 16).double()]
+    errors, _ = kernel_errors(scan_form(kernels.selective_scan_triton),
+                              scan_form(mamba.selective_scan_recurrent), inputs, state, weights)
+    assert max(errors) < 1e-4, errors
+
+
+def kernel_cases(dtype=torch.float32):
+    """Name -> (kernel, its definition, inputs, state, weights), small, more than one chunk."""
+    import kernels
+    scan = lambda cell: lambda *args: cell(*args[:-1], args[-1][0])
+    step = lambda q, k, v, i, f, state: kernels.mlstm_step_triton(q, k, v, i, f, state)
+    mamba_case = [*mamba_inputs(11, 2, 20, 16), [torch.randn(2, 11, 20).double(),
+                                                torch.randn(2, 20, 16).double()]]
+    cases = {"mlstm": (kernels.mlstm_chunkwise_triton, mlstm.mlstm_recurrent,
+                       *mlstm_kernel_case(37, 32, 48)),
+             "step": (step, mlstm.mlstm_recurrent, *mlstm_kernel_case(5, 32, 48)),
+             "slstm": (kernels.slstm_scan_triton, slstm.slstm_recurrent,
+                       *slstm_kernel_case(6, 45)),
+             "mamba": (scan(kernels.selective_scan_triton), scan(mamba.selective_scan_recurrent),
+                       *mamba_case)}
+    return cases
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ("mlstm", "step", "slstm", "mamba"))
+def test_kernels_write_every_element(name, monkeypatch):
+    """Memory poisoned with NaN before use, twice: the bits of an honest run. No race shows."""
+    import kernels
+    monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: 16)
+    cell, _, inputs, state, weights = kernel_cases()[name]
+    device = "cuda" if GPU else "cpu"
+    inputs, state, weights = ([x.to(device) for x in xs] for xs in (inputs, state, weights))
+    if name == "step":
+        results = lambda: [*cell(*(x.float() for x in inputs), [x.float() for x in state])[1]]
+    else:
+        results = lambda: value_and_gradients(cell, inputs, state, weights, torch.float32)
+    clean = results()
+    for owner, maker in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, maker)
+        monkeypatch.setattr(owner, maker, lambda *a, original=original, **k: original(*a, **k)
+                            .fill_(torch.nan))
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(clean, results()))
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ("mlstm", "step", "slstm", "mamba"))
+def test_kernels_in_half_precision(name):
+    """float16 operands (bfloat16 too on a GPU) stay within their rounding, the state float32."""
+    cell, truth, inputs, state, _ = kernel_cases()[name]
+    device = "cuda" if GPU else "cpu"
+    for dtype in (torch.float16, torch.bfloat16)[:1 + GPU]:
+        half = [x.to(device, dtype) if x.dim() > 2 and not (name == "mamba" and j == 1) else
+                x.float().to(device) for j, x in enumerate(inputs)]
+        for x in half[:0 if name == "step" else None]:
+            x.requires_grad_()
+        out, end = cell(*half, [x.float().to(device) for x in state])
+        exact = [x.detach().double().requires_grad_() for x in half]
+        true_out, true_end = truth(*exact, [x.to(device) for x in state])
+        assert out.dtype == dtype
+        pairs = [(out, true_out)]
+        for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (end, true_end))):
+            assert a.dtype == torch.float32
+            pairs.append((a, b))
+        if name != "step":
+            pairs += zip(torch.autograd.grad(out.float().sin().sum(), half),
+                         torch.autograd.grad(true_out.sin().sum(), exact))
+        for a, b in pairs:
+            error = ((a - b).norm() / b.norm()).item()
+            assert error < (5e-3 if dtype == torch.float16 else 4e-2), (name, dtype, error)
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ("mlstm", "step", "slstm", "mamba"))
+def test_kernels_under_torch_compile(name):
+    """Traced as one graph each, through their fake forms: the same bits, value and gradient."""
+    import kernels
+    cell, _, inputs, state, weights = kernel_cases()[name]
+    device = "cuda" if GPU else "cpu"
+    inputs, state, weights = ([x.to(device) for x in xs] for xs in (inputs, state, weights))
+    torch._dynamo.reset()
+    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    if name == "step":
+        args = [x.float() for x in inputs], tuple(x.float() for x in state)
+        plain, traced = (f(*args[0], args[1]) for f in (cell, compiled))
+        plain, traced = ([h, *end] for h, end in (plain, traced))
+    else:
+        plain, traced = (value_and_gradients(f, inputs, state, weights, torch.float32)
+                         for f in (cell, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(plain, traced))
+
+
+@kernel_test
+def test_kernels_refuse_what_they_cannot_take():
+    """One error that names what was given, what is expected and what to use instead."""
+    import kernels
+    device = "cuda" if GPU else "cpu"
+    make = lambda *shape, **kw: torch.zeros(shape, device=device, **kw)
+    q, gate = make(1, 2, 4, 16), make(1, 2, 4)
+    for args in ((q[..., :8], q[..., :8], q[..., :8], gate, gate),                  # width
+                 (q.double(), q.double(), q.double(), gate, gate),                  # dtype
+                 (q, q.half(), q, gate, gate), (q[:, :, :0],) * 3 + (gate[:, :, :0],) * 2,
+                 (q, q, q, gate[:, :1], gate), (q[0], q[0], q[0], gate, gate),
+                 (q, q, q, gate, gate, [make(1, 2, 16, 16).half(), make(1, 2, 16), make(1, 2)])):
+        with pytest.raises(ValueError, match=r"got \(.* multiples of 16.* use mlstm\.mlstm_chunk"):
+            kernels.mlstm_chunkwise_triton(*args)
+    long = make(1, 2, 9, 16), make(1, 2, 9)
+    state = make(1, 2, 16, 16), make(1, 2, 16), make(1, 2)
+    with pytest.raises(ValueError, match="got 9 tokens"):
+        kernels.mlstm_step_triton(*long[:1] * 3, *long[1:] * 2, state)
+    with pytest.raises(ValueError, match="contiguous C"):
+        flipped = (state[0].transpose(2, 3), *state[1:])
+        kernels.mlstm_step_triton(q, q, q, gate, gate, flipped, in_place=True)
+    gates, R = make(2, 3, 4, 2, 16), make(4, 2, 16, 16)
+    for args in ((gates[:, :0], R), (gates.double(), R), (gates, R[..., :8]), (gates[0], R)):
+        with pytest.raises(ValueError, match="slstm_scan_triton: got .* use slstm.slstm_scan"):
+            kernels.slstm_scan_triton(*args)
+    u, A, B, D = make(2, 3, 5), make(5, 4), make(2, 3, 4), make(5)
+    for args in ((u[:, :0], u, A, B, B, D), (u.double(), u, A, B, B, D), (u, u, A, B[:1], B, D),
+                 (u, u, A, B, B, D, make(2, 5, 4).half()), (u[0], u, A, B, B, D)):
+        with pytest.raises(ValueError, match="selective_scan_triton: got .* use mamba.selective"):
+            kernels.selective_scan_triton(*args)
+
+
 # -------------------------------------------------------------------------- peers, where installed
 def from_minus_infinity(state):
     """A fresh (C, n, m, ...) of an mLSTM with m = -inf, as packages start: same h up to EPS."""
