@@ -731,6 +731,8 @@ class Args:
     """Tasks played side by side on a CPU (default: one per core)."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What runs the recurrences: PyTorch or kernels.py; auto: the kernels on a GPU."""
     output: Path | None = None
     """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
@@ -831,14 +833,20 @@ def main(args):
         raise SystemExit(
             "give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list"
         )
-    from lram import Agent, choose_device, count_parameters, load_checkpoint, model_from_checkpoint
+    from lram import (Agent, choose_device, count_parameters, load_checkpoint,
+                      model_from_checkpoint, use_kernels)
     device, _, reason = choose_device(args.device)
     payload = load_checkpoint(args.checkpoint, device)
     model = model_from_checkpoint(payload, device)
     cards = choose_cards(payload["cards"], args.tasks)
+    try:
+        kernels = use_kernels(model, args.kernels)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     print(
         f"{args.checkpoint}: {model.config.backbone} {model.config.size}, "
-        f"{count_parameters(model):,} parameters, step {payload.get('step', '?')}; device {reason}"
+        f"{count_parameters(model):,} parameters, step {payload.get('step', '?')}; "
+        f"device {reason}; kernels {kernels}"
     )
     options = dict(
         context=args.context, temperature=args.temperature, target_return=args.target_return

@@ -98,8 +98,8 @@ class LearnedPositions(nn.Module):
         """The state of batch_size fresh sequences."""
         return (torch.zeros(batch_size, dtype=torch.long, device=device),)
 
-    def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         B, T, _ = x.shape
         (used,) = self.initial_state(B, x.device) if state is None else state
         capacity = self.embedding.num_embeddings
@@ -109,7 +109,7 @@ class LearnedPositions(nn.Module):
                              f"exceed its {capacity} positions; reset the state, or act with "
                              "--context window or stagger")
         position = used[:, None] + torch.arange(T, device=x.device)                 # (B, T)
-        return x + self.embedding(position), (used + T,)
+        return x + self.embedding(position), (used + T,) if final_state else None
 
 
 class GPTBlock(nn.Module):
@@ -141,8 +141,8 @@ class GPTBlock(nn.Module):
         q = torch.empty(batch_size, H, 0, dh, device=device, dtype=dtype)
         return attention_initial_state(q, self.capacity)
 
-    def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         B, T, D = x.shape
         # x + W_o attention(W_qkv LN(x))
         qkv = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, -1)
@@ -150,7 +150,8 @@ class GPTBlock(nn.Module):
         y, state = attention_parallel(q, k, v, state, self.capacity)
         x = x + self.dropout(self.out(y.transpose(1, 2).reshape(B, T, D)))
         # x + W_2 gelu(W_1 LN(x))
-        return x + self.dropout(self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))), state
+        x = x + self.dropout(self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x)))))
+        return x, state if final_state else None
 
 
 # -------------------------------------------------------------------------------------- self-check

@@ -949,16 +949,17 @@ def _(d_out, d_final, R, S, raw):
 def _slstm_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
+    ctx.gates_dtype = inputs[0].dtype
     ctx.save_for_backward(inputs[1], *output[2:])
 
 
 def _slstm_gradient(ctx, d_out, d_final, *_):
     R, S, raw = ctx.saved_tensors
     B, T, _, H, dh = raw.shape
-    d_out = R.new_zeros(B, T, H, dh) if d_out is None else d_out
+    d_out = S.new_zeros(B, T, H, dh) if d_out is None else d_out
     d_final = S.new_zeros(3, B, H, dh) if d_final is None else d_final
     d_gates, dR, dS = slstm_backward_op(d_out, d_final, R, S, raw)
-    return d_gates, dR, *dS.unbind(0), None, None
+    return d_gates.to(ctx.gates_dtype), dR, *dS.unbind(0), None, None
 
 
 slstm_forward_op.register_autograd(_slstm_gradient, setup_context=_slstm_save)
@@ -968,7 +969,8 @@ def slstm_scan_triton(gates, R, state=None):
     """slstm.slstm_scan on a GPU: same arguments and results, gradient by hand.
 
     gates (B, T, 4, H, dh) fp32, bf16 or fp16, R (4, H, dh, dh), state (y, c, n, m) (B, H, dh) fp32
-    or None. Products take operands of gates' dtype and accumulate in fp32; the rest is fp32.
+    or None. Products take operands of gates' dtype (of autocast where it is on) and accumulate in
+    fp32; the rest is fp32.
     """
     B, T, four, H, dh = gates.shape if gates.dim() == 5 else (0,) * 5
     if state is None:
@@ -981,7 +983,10 @@ def slstm_scan_triton(gates, R, state=None):
                "float32", "slstm.slstm_scan")
     y, c, n, m = state
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, y, c, n))
-    out, final, _, _ = slstm_forward_op(gates, R.to(gates.dtype), y, c, n, m.detach(), save)
+    # under autocast the products take its type; the gates, sums with a float32 bias, keep theirs
+    kind = gates.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else gates.dtype
+    out, final, _, _ = slstm_forward_op(gates, R.to(dtype), y, c, n, m.detach(), save)
     y, c, n, m = final.unbind(0)
     return out, (y, c, n, m.detach())
 

@@ -22,9 +22,10 @@ Glossary (the same letters in every file of this project)
     card       what is known of a task (task.json): reward scale, target return, action spec,
                statistics, scores
 
-Not included: compiled and quantised acting, export (eval.py --fast), GPU kernels (kernels.py).
+Not included: compiled and quantised acting, export (eval.py --fast).
 """
 import dataclasses
+import importlib.util
 import os
 import pickle
 import time
@@ -37,9 +38,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt import GPTBlock, LearnedPositions
-from mamba import MambaBlock
-from mlstm import MLSTMBlock
-from slstm import SLSTMBlock
+from mamba import MambaBlock, selective_scan
+from mlstm import MLSTMBlock, mlstm_chunkwise
+from slstm import SLSTMBlock, slstm_scan
 
 STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
 MAX_DISCRETE = 18           # actions of a full Atari joystick
@@ -135,13 +136,13 @@ class Backbone(nn.Module):
         """The state of batch_size fresh sequences."""
         return tuple(block.initial_state(batch_size, device, dtype) for block in self.blocks)
 
-    def forward(self, x, state=None):
-        """x (B, T, D), a previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks)):
-            x, block_state = block(x, block_state)
+            x, block_state = block(x, block_state, final_state)
             states.append(block_state)
-        return self.norm(x), tuple(states)
+        return self.norm(x), tuple(states) if final_state else None
 
     def reset(self, state, done):
         """Restart the rows where done (B,) is true. torch.where, not a product: -inf * 0 is NaN."""
@@ -221,16 +222,17 @@ class LRAM(nn.Module):
             parts.append(self.encode_rtg(rtg[..., None])[:, :, None])
         return self.token_norm(torch.cat(parts, dim=2))
 
-    def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None, at=-1):
+    def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None, at=-1,
+                final_state=True):
         """The arguments of tokens(); action_dims: A for continuous actions, 0 for discrete ones.
 
         Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is
         one Linear for all tasks; only the rows that these tasks read are computed. at: the token of
         each step that is read, the last for acting; a slice reads several, logits (B, C, tokens,
-        ...).
+        ...). final_state False: the state is not computed, None is returned (training).
         """
         tokens = self.tokens(obs, reward, rtg, last_action)             # (B, C, n, D)
-        y, state = self.backbone(tokens.flatten(1, 2), state)           # (B, C n, D)
+        y, state = self.backbone(tokens.flatten(1, 2), state, final_state)      # (B, C n, D)
         y = y.view(tokens.shape)[:, :, at]                              # (B, C, D)
         rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
             slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
@@ -406,7 +408,7 @@ class Agent:
             self.window[j] = buffer
         length = int(at.max()) + 1
         obs, reward, rtg, last = (x[:, :length] for x in self.window)
-        logits, _ = self.model(obs, reward, rtg, self.action_dims, last)
+        logits, _ = self.model(obs, reward, rtg, self.action_dims, last, final_state=False)
         return logits[rows, at]
 
     def _decode(self, logits):
@@ -459,6 +461,51 @@ def model_from_checkpoint(payload, device="cpu"):
     model = LRAM(Config(**payload["model_config"]))
     model.load_state_dict(payload["model"])
     return model.to(device).eval()
+
+
+def use_kernels(model, choice="auto"):
+    """Puts PyTorch or Triton behind every recurrence of the model; returns which and why, in words.
+
+    choice: "torch"; "triton" (kernels.py), ValueError where it cannot be; "auto": Triton where a
+    GPU can run it, else PyTorch. The one place that imports kernels.py. Call it after model.to().
+    """
+    blocks, why = model.backbone.blocks, ""
+    parameter = next(model.parameters())
+    recurrent = [b for b in blocks if isinstance(b, (MLSTMBlock, SLSTMBlock, MambaBlock))]
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels {choice!r} do not exist; choose auto, torch or triton")
+    interpreted = choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "torch":
+        why = "asked for"
+    elif not recurrent:
+        why = "attention is PyTorch's own"
+    elif not parameter.is_cuda and not interpreted:
+        why = f"the model is on the {parameter.device.type.upper()}"
+    elif parameter.is_cuda and torch.cuda.get_device_capability(parameter.device) < (8, 0):
+        why = f"{torch.cuda.get_device_name(parameter.device)} is older than sm_80"
+    elif parameter.dtype == torch.float64:
+        why = "the kernels have no float64"
+    elif importlib.util.find_spec("triton") is None:
+        why = "Triton is not installed"
+    else:
+        widths = {b.inner // b.num_heads for b in recurrent if isinstance(b, MLSTMBlock)}
+        if any(width % 16 for width in widths):
+            why = f"mLSTM heads of width {max(widths)} are no multiple of 16"
+    if why and choice == "triton":
+        raise ValueError(f"kernels triton: {why}; use auto or torch")
+    if not why:
+        import kernels
+    for block in recurrent:
+        if isinstance(block, MLSTMBlock):
+            block.cell = mlstm_chunkwise if why else kernels.mlstm_triton
+        elif isinstance(block, SLSTMBlock):
+            block.cell = slstm_scan if why else kernels.slstm_scan_triton
+        else:
+            block.scan = selective_scan if why else kernels.selective_scan_triton
+    if why:
+        return f"torch ({why})"
+    return "triton (interpreted on the CPU)" if interpreted and not parameter.is_cuda else \
+        "triton (kernels.py)"
 
 
 def choose_device(device="auto", dtype="auto"):

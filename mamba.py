@@ -23,7 +23,7 @@ Glossary (the same letters in every file of this project)
     A          decay rates (E, N), negative        D   skip weight (E,)
     B, C       what is written and read (B, T, N)  h   state (B, E, N)
 
-Not included: Mamba-2 (scalar decay, matrix form), other initialisations, GPU kernels (kernels.py).
+Not included: Mamba-2 (scalar decay, matrix form), other initialisations; GPU kernels: kernels.py.
 """
 import math
 
@@ -179,8 +179,8 @@ class MambaBlock(nn.Module):
         h = torch.zeros(batch_size, *self.A_log.shape, device=device, dtype=wide)
         return h, torch.zeros(batch_size, 3, self.inner, device=device, dtype=dtype)
 
-    def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         h, conv = self.initial_state(x.shape[0], x.device, x.dtype) if state is None else state
         # [u, z] = W_in RMSNorm(x);   u = silu(conv4(u))
         u, z = self.up(F.rms_norm(x, (x.shape[-1],), self.norm, eps=1e-5)).chunk(2, dim=-1)
@@ -191,7 +191,8 @@ class MambaBlock(nn.Module):
         dt = F.softplus(self.dt(d).to(h.dtype))                       # (B, T, E)
         A = -torch.exp(self.A_log.to(h.dtype))                        # (E, 16)
         y, h = self.scan(u, dt, A, B, C, self.D, h)                   # (B, T, E)
-        return x + self.dropout(self.down(y * F.silu(z))), (h, conv)
+        x = x + self.dropout(self.down(y * F.silu(z)))
+        return x, (h, conv) if final_state else None
 
 
 # -------------------------------------------------------------------------------------- self-check

@@ -23,7 +23,7 @@ Glossary (the same letters in every file of this project)
     m          stabiliser (B, H): largest log-weight of a token in memory; the true one is exp(m) C
     b          running sum of log sigmoid(f) inside a chunk: log of the decay since the chunk began
 
-Not included: the 7B model's block (no convolution), sigmoid input gates, GPU kernels (kernels.py).
+Not included: the 7B model's block (no convolution), sigmoid input gates; GPU kernels: kernels.py.
 """
 import math
 
@@ -51,13 +51,13 @@ def quotient(num, den, m):
     return num / (torch.maximum(den.abs(), torch.exp(-m)) + EPS)[..., None]
 
 
-def mlstm_recurrent(q, k, v, i, f, state=None):
+def mlstm_recurrent(q, k, v, i, f, state=None, final_state=True):
     """mLSTM, one token after the other: the definition that every other form is tested against.
 
     q, k (B, H, T, K), v (B, H, T, V); i, f (B, H, T) gate pre-activations. state: (C, n, m) of a
     previous call, None to start fresh. Returns h (B, H, T, V) in the dtype of v and the state
-    after the last token. xLSTM, equations 19 to 27. m carries no gradient: h does not depend on it
-    but through EPS.
+    after the last token, None instead if it is not wanted. xLSTM, equations 19 to 27. m carries no
+    gradient: h does not depend on it but through EPS.
     """
     C, n, m = mlstm_initial_state(q, v) if state is None else state
     out_dtype = v.dtype
@@ -78,7 +78,7 @@ def mlstm_recurrent(q, k, v, i, f, state=None):
         num = torch.einsum("bhk,bhkv->bhv", q_t, C)                         # (B, H, V)
         den = (q_t * n).sum(-1)                                             # (B, H)
         h.append(quotient(num, den, m))
-    return torch.stack(h, dim=2).to(out_dtype), (C, n, m)
+    return torch.stack(h, dim=2).to(out_dtype), (C, n, m) if final_state else None
 
 
 def log_decay(log_f):
@@ -94,9 +94,11 @@ def log_decay(log_f):
     return x.masked_fill(~past, -torch.inf)
 
 
-def mlstm_parallel(q, k, v, i, f, state=None):
+def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     """mLSTM, all tokens at once: one chunk of the chunkwise form. Same arguments and results.
 
+    final_state False: None instead of the state, which training does not need; C costs 2 K V
+    operations a token, more than all pairs of a window of 150 tokens at the paper's widths.
     Time and memory O(T^2) per head, every operation a large matrix product: right for T up to a
     few hundred, and for T = 3 (one environment step), where C is read and written once instead of
     three times. xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
@@ -121,6 +123,8 @@ def mlstm_parallel(q, k, v, i, f, state=None):
         den = den + (decayed_q @ n[..., None])[..., 0]
     h = quotient(num, den, m_t)
 
+    if not final_state:
+        return h.to(dtype), None
     # the state after the last token: its row of D holds what every token still weighs at the end
     weighted_k = k.to(C.dtype) * D[..., -1, :, None]                # (B, H, T, K)
     C_new, n_new = weighted_k.transpose(-1, -2) @ v.to(C.dtype), weighted_k.sum(-2)
@@ -130,7 +134,7 @@ def mlstm_parallel(q, k, v, i, f, state=None):
     return h.to(dtype), (C_new, n_new, m_t[..., -1])
 
 
-def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
+def mlstm_chunkwise(q, k, v, i, f, state=None, final_state=True, chunk_size=64):
     """mLSTM, chunk after chunk: parallel inside, recurrent between. Same arguments and results.
 
     Time O(T L) instead of O(T^2). chunk_size: tokens per chunk, any length >= 1; the last may be
@@ -139,7 +143,8 @@ def mlstm_chunkwise(q, k, v, i, f, state=None, chunk_size=64):
     h = []
     for start in range(0, q.shape[2], chunk_size):
         chunk = slice(start, start + chunk_size)
-        out, state = mlstm_parallel(*(x[:, :, chunk] for x in (q, k, v, i, f)), state)
+        wanted = final_state or start + chunk_size < q.shape[2]
+        out, state = mlstm_parallel(*(x[:, :, chunk] for x in (q, k, v, i, f)), state, wanted)
         h.append(out)
     return torch.cat(h, dim=2), state
 
@@ -199,8 +204,8 @@ class MLSTMBlock(nn.Module):
             batch_size, *shape, device=device, dtype=dtype)
         return zeros(H, K, K), zeros(H, K), zeros(H), zeros(3, self.inner, dtype=dtype)
 
-    def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         B, T, D = x.shape
         H, E = self.num_heads, self.inner
         memory, conv = (None, x.new_zeros(B, 3, E)) if state is None else (state[:3], state[3])
@@ -216,12 +221,12 @@ class MLSTMBlock(nn.Module):
         q, k, v = torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).reshape(3, B, T, E)
         # i, f = W [q; k; v] + b: one scalar per head and token
         i, f = self.gates(torch.cat([q, k, v], -1)).transpose(1, 2).chunk(2, dim=1)    # (B, H, T)
-        h, memory = self.cell(heads(q), heads(k), heads(v), i, f, memory)   # (B, H, T, K)
+        h, memory = self.cell(heads(q), heads(k), heads(v), i, f, memory, final_state)
 
         # each head is normalised by itself: y = W_down((norm(h) + skip x_c) * silu(z))
         h = F.layer_norm(h, (E // H,), eps=1e-5).transpose(1, 2).reshape(B, T, E)
         y = self.down((h * (1 + self.head_norm) + self.skip * x_c) * F.silu(z))
-        return x + self.dropout(y), (*memory, conv)
+        return x + self.dropout(y), (*memory, conv) if final_state else None
 
 
 # -------------------------------------------------------------------------------------- self-check

@@ -22,7 +22,7 @@ Glossary (the same letters in every file of this project)
     z, o       cell input tanh(z), output gate sigmoid(o)
     y          output, c cell, n normaliser, m stabiliser: (B, H, dh) each; c, n scaled by exp(-m)
 
-Not included: the exp forget gate, group-wise convolution options, GPU kernels (kernels.py).
+Not included: the exp forget gate, group-wise convolution options; GPU kernels: kernels.py.
 """
 import math
 
@@ -194,8 +194,8 @@ class SLSTMBlock(nn.Module):
         conv = torch.zeros(batch_size, 3, H * dh, device=device, dtype=dtype)
         return zeros, zeros, zeros, torch.full_like(zeros, -torch.inf), conv
 
-    def forward(self, x, state=None):
-        """x (B, T, D), previous state or None -> y (B, T, D), state after the last token."""
+    def forward(self, x, state=None, final_state=True):
+        """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         B, T, D = x.shape
         *memory, conv = self.initial_state(B, x.device, x.dtype) if state is None else state
         # x1 = LN(x);  i and f read the convolved input, z and o the input itself
@@ -210,7 +210,8 @@ class SLSTMBlock(nn.Module):
         x = x + self.dropout((y * (1 + self.head_norm)).to(x.dtype))
         # gated MLP: x + W_2 (gelu(g) * w),  [g, w] = W_1 LN(x)
         g, w = self.mlp_up(F.layer_norm(x, (D,), 1 + self.mlp_norm, eps=1e-5)).chunk(2, dim=-1)
-        return x + self.dropout(self.mlp_down(F.gelu(g) * w)), (*memory, conv)
+        x = x + self.dropout(self.mlp_down(F.gelu(g) * w))
+        return x, (*memory, conv) if final_state else None
 
 
 # -------------------------------------------------------------------------------------- self-check

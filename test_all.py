@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -656,6 +656,68 @@ def test_kernels_refuse_what_they_cannot_take():
                  (u, u, A, B, B, D, make(2, 5, 4).half()), (u[0], u, A, B, B, D)):
         with pytest.raises(ValueError, match="selective_scan_triton: got .* use mamba.selective"):
             kernels.selective_scan_triton(*args)
+
+
+@kernel_test
+@pytest.mark.parametrize("backbone", RECURRENT)
+def test_training_with_kernels_is_training(backbone, tmp_path, monkeypatch, capsys):
+    """--kernels triton and --kernels torch: the same losses, step for step, and the switch says so.
+
+    Then 4 environment steps through the state with either: the same logits.
+    """
+    import kernels
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "validate", lambda run: {})     # hundreds of windows, interpreted
+    losses = []
+    for choice in ("torch", "triton"):
+        kernels.LAUNCHES.clear()
+        args = tiny_args(Path("d"), backbone=backbone, name=choice, kernels=choice, lr=0.01)
+        train.main(replace(args, steps=3, context=3, batch_size=2, warmup=0))
+        assert f"kernels {choice} (" in capsys.readouterr().out
+        assert bool(kernels.LAUNCHES) == (choice == "triton")
+        rows = [json.loads(line) for line in open(f"runs/{choice}/log.jsonl")]
+        losses.append([row["loss"]["darkroom"] for row in rows if "loss" in row])
+    assert len(losses[0]) == 3 and min(losses[0]) < 0.9 * losses[0][0]
+    assert np.allclose(losses[1], losses[0], rtol=1e-4 if not GPU else 1e-2)
+
+    model, logits = lram.load_checkpoint("runs/triton/checkpoint.pt"), []
+    model = lram.model_from_checkpoint(model, "cuda" if GPU else "cpu")
+    obs, scalar = torch.randn(4, 2, 2), torch.zeros(2)
+    obs, scalar = (x.to(next(model.parameters()).device) for x in (obs, scalar))
+    for choice in ("torch", "triton"):
+        lram.use_kernels(model, choice)
+        kernels.LAUNCHES.clear()
+        with torch.no_grad():
+            state, steps = None, []
+            for t in range(4):
+                step, state = model.act(obs[t], scalar, scalar, 0, state=state)
+                steps.append(step)
+        logits.append(torch.stack(steps))
+    names = {"mlstm": "step_kernel", "mamba": "scan_forward_kernel"}
+    assert names.get(backbone, "slstm_forward_kernel") in kernels.LAUNCHES
+    assert relative(*logits[::-1]) < 1e-4
+
+
+def test_the_switch_says_why(monkeypatch):
+    """PyTorch where there is no GPU, Triton is never imported there; what cannot be is refused."""
+    if GPU or INTERPRETED:
+        pytest.skip("for machines without a GPU")
+    code = ("import sys, lram; model = lram.LRAM(lram.Config('xlstm')); "
+            "print(lram.use_kernels(model)); print('triton' in sys.modules, "
+            "'kernels' in sys.modules)")
+    result = run("-c", code)
+    assert result.stdout.splitlines() == ["torch (the model is on the CPU)", "False False"]
+    model = small_model("mlstm")
+    assert lram.use_kernels(model, "torch") == "torch (asked for)"
+    with pytest.raises(ValueError, match="kernels triton: the model is on the CPU; use auto or"):
+        lram.use_kernels(model, "triton")
+    with pytest.raises(ValueError, match="choose auto, torch or triton"):
+        lram.use_kernels(model, "cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="heads of width 8 are no multiple of 16"):
+        lram.use_kernels(small_model("mlstm", dim=32, heads=8), "triton")
+    with pytest.raises(ValueError, match="attention is PyTorch's own"):
+        lram.use_kernels(small_model("gpt"), "triton")
 
 
 # -------------------------------------------------------------------------- peers, where installed

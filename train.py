@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 from eval import EVALUATION_SEED, evaluate, format_table
 from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, choose_device,
-                  count_parameters, load_checkpoint, save_checkpoint)
+                  count_parameters, load_checkpoint, save_checkpoint, use_kernels)
 
 # name: (for tiny, for the paper's sizes)
 SETTINGS = {
@@ -115,6 +115,8 @@ class Args:
     """cpu, cuda, or auto."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of matrix products (autocast); auto: bfloat16 on a GPU, float32 on a CPU."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What runs the recurrences: PyTorch or kernels.py; auto: the kernels on a GPU."""
     compile: bool = False
     """torch.compile the model: slow to start, faster after; pays on a GPU and for long runs."""
     validate_every: int | None = None
@@ -158,7 +160,8 @@ def run_folder(args):
 
 def resumed_args(args, saved):
     """The settings of the interrupted run; a flag that contradicts them is refused."""
-    free = ("resume", "name", "device", "save_every", "profile", "episodes", "evaluate_every")
+    free = ("resume", "name", "device", "kernels", "save_every", "profile", "episodes",
+            "evaluate_every")
     saved = {k: v for k, v in saved.items() if k in {f.name for f in dataclasses.fields(Args)}}
     saved["data_root"] = Path(saved["data_root"])
     for field in dataclasses.fields(Args):
@@ -290,7 +293,7 @@ def validate(run):
         for batch in run.mixture.validation_batches(domain, *run.window_shape(domain)):
             inputs, target, mask = to_tensors(batch, run.model.config, run.device)
             with run.autocast():
-                logits, _ = run.model(**inputs)
+                logits, _ = run.model(**inputs, final_state=False)
             n = int(mask.sum())
             total, count = total + action_loss(logits, target, mask).item() * n, count + n
         if count:
@@ -346,7 +349,8 @@ def fit(run, first_step):
             clock = lap("data", clock)
             with run.autocast():
                 readouts = early if inputs["obs"].dim() == 5 else 1
-                logits, _ = forward(**inputs, at=slice(-readouts, None))    # (B, C, readouts, ...)
+                # logits (B, C, readouts, ...)
+                logits, _ = forward(**inputs, at=slice(-readouts, None), final_state=False)
                 parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
             clock = lap("forward", clock)
             run.scaler.scale(sum(parts) / len(run.mixture.domains)).backward()
@@ -422,6 +426,7 @@ def main(args):
                         tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
                         standardise=args.standardise)
         model = LRAM(config).to(device)
+        kernels = use_kernels(model, args.kernels)
     except ValueError as error:
         raise SystemExit(f"these settings do not fit together: {error}") from None
     if args.init_from and not saved:
@@ -453,7 +458,8 @@ def main(args):
               Log(folder / "log.jsonl", first_step))
 
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
-          f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads")
+          f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads; "
+          f"kernels {kernels}")
     kept, held = (sum(map(len, part.values())) for part in (mixture.train, mixture.validation))
     print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for "
           f"validation; run {folder}" + (f", resumed at step {first_step}" if saved else ""))
