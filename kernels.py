@@ -1270,27 +1270,51 @@ def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
 
 
 def _self_check():
+    import mamba
     import mlstm
+    import slstm
     device = "cpu" if INTERPRETED else "cuda"
+    where = "interpreted on a CPU" if INTERPRETED else torch.cuda.get_device_name()
+    print(f"largest error relative to the float64 recurrence, float32, {where}")
+    print(f"{'kernel':<26}{'shape':<24}{'output':>10}{'state':>10}{'gradients':>11}  launches")
     torch.manual_seed(0)
-    B, H, K, V = 2, 3, 48, 80
-    where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
-    print(f"mlstm_triton, B={B} H={H} K={K} V={V}, {where}, largest error relative to the float64 "
-          "recurrence")
-    print(f"{'T':<8}{'h':>10}{'C':>10}" + "".join(f"{'d' + x:>10}" for x in "qkvif"))
-    for T in (3, 65, 400):
-        inputs = [torch.randn(B, H, T, *n, device=device) for n in ((K,), (K,), (V,), (), ())]
-        inputs[4] += 3
-        results = []
-        for cell, dtype in ((mlstm.mlstm_recurrent, torch.float64), (mlstm_triton, torch.float32)):
-            leaves = [x.to(dtype).requires_grad_() for x in inputs]
-            h, state = cell(*leaves)
-            (h.sin().sum() + state[0].sum()).backward()
-            results.append([h, state[0], *(x.grad for x in leaves)])
-        errors = [mlstm.relative_error(b, a) for a, b in zip(*results)]
-        print(f"{T:<8}" + "".join(f"{e:>10.1e}" for e in errors), flush=True)
+    normal = lambda *shape: torch.randn(shape, device=device, dtype=torch.float64)
+    sequence = lambda B, H, T, K, V: [normal(B, H, T, K), normal(B, H, T, K), normal(B, H, T, V),
+                                      normal(B, H, T), normal(B, H, T) + 4, normal(B, H, K, V),
+                                      normal(B, H, K), normal(B, H)]
+    gates = lambda B, T, H, dh: [normal(B, T, 4, H, dh), normal(4, H, dh, dh) * dh ** -0.5,
+                                 normal(B, H, dh), normal(B, H, dh), 1 + normal(B, H, dh).abs(),
+                                 normal(B, H, dh)]
+    scan = lambda B, T, E, N: [normal(B, T, E), normal(B, T, E).exp() / 8, -N * normal(E, N).abs(),
+                               normal(B, T, N), normal(B, T, N), normal(E), normal(B, E, N)]
+    step = mlstm_step_triton, mlstm.mlstm_recurrent, sequence, 5
+    chunks = mlstm_chunkwise_triton, mlstm.mlstm_recurrent, sequence, 5
+    loop = slstm_scan_triton, slstm.slstm_recurrent, gates, 2
+    tree = selective_scan_triton, mamba.selective_scan_recurrent, scan, 6
+    for (cell, truth, make, first), shape in (
+            (step, (2, 3, 3, 48, 80)), (chunks, (2, 3, 3, 48, 80)), (chunks, (2, 3, 150, 48, 80)),
+            (chunks, (1, 1, 700, 48, 80)), (loop, (5, 3, 2, 45)), (loop, (5, 65, 2, 45)),
+            (tree, (3, 3, 40, 16)), (tree, (3, 65, 40, 16))):
+        inputs, results = make(*shape), []
+        for form, dtype in ((truth, torch.float64), (cell, torch.float32)):
+            leaves = [x.detach().to(dtype).requires_grad_(cell is not mlstm_step_triton)
+                      for x in inputs]
+            LAUNCHES.clear()
+            out, state = form(*leaves[:first], leaves[first] if cell is selective_scan_triton else
+                              (*leaves[first:-1], leaves[-1].detach()))
+            state = state if isinstance(state, tuple) else (state,)
+            gradients = ()
+            if out.requires_grad:
+                wanted = leaves if cell is selective_scan_triton else leaves[:-1]
+                gradients = torch.autograd.grad(out.sin().sum() + state[0].sin().sum(), wanted)
+            results.append((out, state, gradients))
+        error = lambda a, b: max((mlstm.relative_error(x, y) for x, y in zip(a, b)), default=0.0)
+        (out, state, gradients), ours = results
+        errors = (error(ours[0:1], (out,)), error(ours[1], state), error(ours[2], gradients))
+        print(f"{cell.__name__:<26}{str(shape):<24}{errors[0]:>10.1e}{errors[1]:>10.1e}"
+              + (f"{errors[2]:>11.1e}" if gradients else f"{'-':>11}")
+              + f"  {sum(LAUNCHES.values())}", flush=True)
         assert max(errors) < 1e-4, errors
-    print("launches:", dict(LAUNCHES))
 
 
 if __name__ == "__main__":

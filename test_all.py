@@ -698,6 +698,17 @@ def test_training_with_kernels_is_training(backbone, tmp_path, monkeypatch, caps
     assert relative(*logits[::-1]) < 1e-4
 
 
+@kernel_test
+def test_bench_of_kernels_runs(tmp_path):
+    """Toy shapes: every row is measured, ours agrees with the reference, the JSON holds it."""
+    done = run(REPOSITORY / "bench.py", "--kernels", "--quick", "--output", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) >= 10 and not [row for row in rows if "failed" in row], done.stdout
+    assert max(row["error"] for row in rows) < (1e-4 if INTERPRETED else 3e-2)
+    assert all(row["forward_ms"] > 0 for row in rows)
+
+
 def test_the_switch_says_why(monkeypatch):
     """PyTorch where there is no GPU, Triton is never imported there; what cannot be is refused."""
     if GPU or INTERPRETED:
