@@ -287,9 +287,9 @@ def main(args):
         raise SystemExit("choose what to measure: --kernels (python bench.py --help)")
     if not (torch.cuda.is_available() or INTERPRETED):
         print("--kernels: no CUDA GPU found, so no kernel's speed can be measured here. What can "
-              "be shown without one:\n    python -m pytest -q test_all.py -k kernel      values and "
-              "gradients\n    python kernels.py --compile-all                compilation for sm_80 "
-              "and sm_90")
+              "be shown without one:\n"
+              "    python -m pytest -q test_all.py -k kernel      values and gradients\n"
+              "    python kernels.py --compile-all                compilation for sm_80 and sm_90")
         return
     rows = kernel_tables(args.quick)
     failed = [row for row in rows if "failed" in row and row["name"] == "kernels.py"]
