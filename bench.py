@@ -207,6 +207,16 @@ def step_rows(table, shapes, dtype):
                           backward=False, graph=True)
 
 
+def stepwise(T, *inputs):
+    """sLSTM with the other rule: the columns of a head spread over programs, a launch per token."""
+    import kernels
+    rule, kernels.STEPWISE = kernels.STEPWISE, T
+    try:
+        return kernels.slstm_scan_triton(*inputs)[0]
+    finally:
+        kernels.STEPWISE = rule
+
+
 def slstm_rows(table, shapes, dtype):
     """sLSTM sequences, forward and backward."""
     import kernels
@@ -217,7 +227,8 @@ def slstm_rows(table, shapes, dtype):
         R = torch.randn(4, H, dh, dh, device=table.device, dtype=dtype) * dh ** -0.5
         truth = slstm.slstm_scan(gates.float(), R.float())[0]
         for name, form in (("PyTorch (slstm.py)", lambda *a: slstm.slstm_scan(*a)[0]),
-                           ("kernels.py", lambda *a: kernels.slstm_scan_triton(*a)[0])):
+                           ("kernels.py", lambda *a: kernels.slstm_scan_triton(*a)[0]),
+                           ("kernels.py, a launch per token", partial(stepwise, T))):
             table.row(name, (B, H, T, dh), form, (gates, R), truth,
                       moved=5 * gates[:, :, 0].numel() * dtype.itemsize)
 

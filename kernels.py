@@ -55,6 +55,11 @@ Not included: tuning by search (tiles follow stated rules), sequence parallelism
 import argparse
 import collections
 import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -515,6 +520,7 @@ def mlstm_backward(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, h: Ten
     L, (BT, BLOCK), BW = S.shape[-1], tiles(T, q.dtype), columns(K, q.dtype)
     chunks, scale = triton.cdiv(T, L), K ** -0.5
     P, dnum, dden = torch.empty_like(S), torch.empty_like(v), torch.empty_like(den)
+    dh, dC, dn = (x.contiguous() for x in (dh, dC, dn))
     launch(dscores_kernel, (triton.cdiv(L, BT) * chunks * B * H,), dh, h, v, w, M, m, den,
            P, dnum, dden, T, H, V, L, chunks, scale, BT=BT, BLOCK=BLOCK, IN=dot_precision(),
            num_stages=3)
@@ -562,16 +568,16 @@ def _(q, k, v, i, f, h, w, M, m, den, S, Cs, ns, dh, dC, dn, fresh, final):
 def _mlstm_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
-    ctx.fresh = inputs[8]
+    ctx.fresh, ctx.final = inputs[8:10]
     ctx.save_for_backward(*inputs[:5], output[0], *output[4:])
 
 
 def _mlstm_gradient(ctx, dh, dC, dn, *_):
     q, k, v, i, f, h, w, M, m, *saved = ctx.saved_tensors
     (B, _, H, K), V = q.shape, v.shape[-1]
-    final = dC is not None or dn is not None
-    dh = torch.zeros_like(v) if dh is None else dh.contiguous()
-    dC, dn = (m if not final else m.new_zeros(shape) if d is None else d.contiguous()
+    final = ctx.final and (dC is not None or dn is not None)
+    dh = torch.zeros_like(v) if dh is None else dh
+    dC, dn = (m if not final else m.new_zeros(shape) if d is None else d
               for d, shape in ((dC, (B, H, K, V)), (dn, (B, H, K))))
     *gradients, dC, dn = mlstm_backward_op(q, k, v, i, f, h, w, M, m, *saved, dh, dC, dn,
                                            ctx.fresh, final)
@@ -589,7 +595,7 @@ def step_kernel(q, k, v, i, f, C, n, m, h, C_out, n_out, m_out, T, H, K, V, scal
 
     Program: a strip of BV columns of one head's C, read once and written once (C_out may be C).
     Bytes 8 K V per head, FLOPs 4 T K V: the memory's bandwidth is the floor. Every program sums
-    q k and q n for itself, (T + 1) / BV of its work; the first strip writes n and m.
+    q k and q n for itself, (T + 1) / (2 BV) of its work; the first strip writes n and m.
     """
     strips = tl.cdiv(V, BV)
     strip, p = tl.program_id(0) % strips, (tl.program_id(0) // strips).to(tl.int64)
@@ -612,7 +618,7 @@ def step_kernel(q, k, v, i, f, C, n, m, h, C_out, n_out, m_out, T, H, K, V, scal
     q_C = tl.zeros((TP, BK, BV), tl.float32)
     q_k = tl.zeros((TP, TP, BK), tl.float32)
     q_n = tl.zeros((TP, BK), tl.float32)
-    for first in range(0, K, BK):
+    for first in tl.range(0, K, BK, num_stages=4):          # four tiles of C on their way
         x = first + tl.arange(0, BK)
         at = token * K + t[:, None] * (H * K) + x[None, :]
         mask = (t[:, None] < T) & (x[None, :] < K)
@@ -649,7 +655,7 @@ def step_forward(q, k, v, i, f, C, n, m, C_out):
     BV = next((w for w in (64, 32) if B * H * triton.cdiv(V, w) >= 256), 16)
     TP = triton.next_power_of_2(T)
     launch(step_kernel, (B * H * triton.cdiv(V, BV),), q, k, v, i, f, C, n, m, h, C_out, n_out,
-           m_out, T, H, K, V, K ** -0.5, TP=TP, BK=min(64, 4096 // (TP * BV)), BV=BV)
+           m_out, T, H, K, V, K ** -0.5, TP=TP, BK=min(128, 4096 // (TP * BV)), BV=BV)
     return h, n_out, m_out
 
 
@@ -687,13 +693,13 @@ def _mlstm_inputs(name, q, k, v, i, f, state):
         (B, H, T, K), V = q.shape, v.shape[-1]
         shapes = ((B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, T), (B, H, T), (B, H, K, V),
                   (B, H, K), (B, H))
-    if (not shapes or not acceptable(tensors) or K % 16 or V % 16
+    if (not shapes or len(tensors) not in (5, 8) or not acceptable(tensors) or K % 16 or V % 16
             or any(x.shape != shape for x, shape in zip(tensors, shapes))
             or not q.dtype == k.dtype == v.dtype
             or any(x.dtype != torch.float32 for x in tensors[5:])):
         refuse(name, tensors, "q, k (B, H, T, K), v (B, H, T, V) of one dtype (float32, bfloat16, "
-               "float16), K and V multiples of 16, T >= 1, i, f (B, H, T), state C (B, H, K, V), n "
-               "(B, H, K), m (B, H) in float32", "mlstm.mlstm_chunkwise")
+               "float16), K and V multiples of 16, none empty, i, f (B, H, T), state C (B, H, K, "
+               "V), n (B, H, K), m (B, H) in float32", "mlstm.mlstm_chunkwise")
     if state is None:
         state = [torch.zeros(shape, device=q.device) for shape in ((0,), (0,), (B, H))]
     # the block's q, k, v are (B, T, H, K) in memory already: no copy
@@ -737,7 +743,8 @@ def mlstm_triton(q, k, v, i, f, state=None, final_state=True):
     gradient = torch.is_grad_enabled() and any(
         x.requires_grad for x in (q, k, v, i, f, *(state or ())))
     if q.dim() == 4 and q.shape[2] <= 8 and state is not None and not gradient:
-        return mlstm_step_triton(q, k, v, i, f, state)
+        h, state = mlstm_step_triton(q, k, v, i, f, state)
+        return h, state if final_state else None
     return mlstm_chunkwise_triton(q, k, v, i, f, state, final_state)
 
 
@@ -752,6 +759,9 @@ def mlstm_triton(q, k, v, i, f, state=None, final_state=True):
 #     the outputs of one head, dh columns      sequence: one program, tile after tile
 #     | tile 0 | tile 1 | tile 2 |...          step:     one program per tile
 #     every tile reads all of y_{t-1} and writes its own columns of y_t, into another slot of S
+STEPWISE = 3                            # tokens up to which sLSTM launches once a token
+
+
 @triton.jit(do_not_specialize=["first", "T"])
 def slstm_forward_kernel(gates, R, S, raw, out, first, steps, tiles, B, T, H, dh, ld,
                          SAVE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -878,13 +888,13 @@ def slstm_backward_kernel(d_out, R, S, raw, d_raw, dS, first, steps, tiles, B, T
 
 
 def slstm_launch(kernel, tensors, count, shape, **constants):
-    """`count` time steps by the rule: a launch each for T <= 3, else one that loops over them.
+    """`count` time steps by the rule: a launch each for T <= STEPWISE, else one that loops.
 
     tensors: the kernel's pointers, R second.
     """
     (gates, R, *rest), (B, T, H, dh) = tensors, shape
     R = R.contiguous()
-    by_step, small = T <= 3, R.element_size() == 2
+    by_step, small = T <= STEPWISE, R.element_size() == 2
     COLS = min(16 if by_step else 64, triton.next_power_of_2(max(dh, 16)))
     BLOCK = min(64 if small else 32, triton.next_power_of_2(max(dh, 16)))
     tiles = triton.cdiv(dh, COLS)
@@ -943,7 +953,8 @@ def _(gates, R, y, c, n, m, save):
 
 @slstm_backward_op.register_fake
 def _(d_out, d_final, R, S, raw):
-    return raw.new_empty(raw.shape, dtype=R.dtype), torch.empty_like(R), S.new_empty(S[0, :3].shape)
+    return (raw.new_empty(raw.shape, dtype=R.dtype), R.new_empty(R.shape),
+            S.new_empty(S[0, :3].shape))
 
 
 def _slstm_save(ctx, inputs, output):
@@ -976,10 +987,11 @@ def slstm_scan_triton(gates, R, state=None):
     if state is None:
         zeros = torch.zeros(B, H, dh, device=gates.device)
         state = zeros, zeros, zeros, torch.full_like(zeros, -torch.inf)
-    if (four != 4 or R.shape != (4, H, dh, dh) or not acceptable([gates, R, *state])
+    if (four != 4 or len(state) != 4 or R.shape != (4, H, dh, dh)
+            or not acceptable([gates, R, *state])
             or any(x.shape != (B, H, dh) or x.dtype != torch.float32 for x in state)):
         refuse("slstm_scan_triton", [gates, R, *state], "gates (B, T, 4, H, dh) and R (4, H, dh, "
-               "dh) in float32, bfloat16 or float16, T >= 1, state y, c, n, m (B, H, dh) in "
+               "dh) in float32, bfloat16 or float16, none empty, state y, c, n, m (B, H, dh) in "
                "float32", "slstm.slstm_scan")
     y, c, n, m = state
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (gates, R, y, c, n))
@@ -1006,7 +1018,8 @@ def slstm_scan_triton(gates, R, state=None):
 #
 # The loads of a chunk are issued together, ahead of the recurrence that waits for them.
 CHUNK = 8                               # tokens whose states the backward holds in registers
-BACKWARD_BLOCK = 64                     # channels of a backward program
+FORWARD_TILE = 256                      # numbers of h in a forward program, one warp
+BACKWARD_TILE = 1024                    # in a backward program, eight warps: registers suffice
 
 
 @triton.jit
@@ -1120,10 +1133,12 @@ def scan_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     """Contiguous inputs -> y (B, T, E), last h (B, E, N), h before every chunk if save else ()."""
     y, h_last, saved = _scan_outputs(u, dt, A, B, C, D, h, save)
     (batch, T, E), N = u.shape, A.shape[1]
-    # one warp of 16 channels: no warp waits for another, and batch 1 still fills the GPU
-    launch(scan_forward_kernel, (batch, triton.cdiv(E, 16)), u, dt, A, B, C, D, h, y, h_last, saved,
-           T, E, N, SAVE=save, CHUNK=min(CHUNK, triton.next_power_of_2(T)), BLOCK_E=16,
-           BLOCK_N=triton.next_power_of_2(N), num_warps=1)
+    # one warp, 16 channels at N = 16: no warp waits for another, and batch 1 still fills the GPU
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_E = max(4, FORWARD_TILE // BLOCK_N)
+    launch(scan_forward_kernel, (batch, triton.cdiv(E, BLOCK_E)), u, dt, A, B, C, D, h, y, h_last,
+           saved, T, E, N, SAVE=save, CHUNK=min(CHUNK, triton.next_power_of_2(T)), BLOCK_E=BLOCK_E,
+           BLOCK_N=BLOCK_N, num_warps=1)
     return y, h_last, saved
 
 
@@ -1138,13 +1153,15 @@ def scan_backward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     """Gradients of u, dt, A, B, C, D and the first h, each in the dtype of its tensor."""
     (batch, T, E), N = u.shape, A.shape[1]
     du, d_dt, dA, dh_first = (torch.empty_like(x) for x in (u, dt, dh, dh))
-    # partial sums: 8 N / BLOCK_E bytes per token and channel, 49 MB at B 16, T 150, E 2560
-    blocks = triton.cdiv(E, BACKWARD_BLOCK)
+    # partial sums: 8 N / BLOCK_E bytes per token and channel, 12 MB at B 16, T 150, E 2560
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_E = max(8, BACKWARD_TILE // BLOCK_N)
+    blocks = triton.cdiv(E, BLOCK_E)
     dB, dC = dh.new_empty(2, blocks, batch, T, N)
     dD = dh.new_empty(batch, E)
     launch(scan_backward_kernel, (batch, blocks), u, dt, A, B, C, D, saved, dy, dh,
            du, d_dt, dA, dB, dC, dD, dh_first, T, E, N, CHUNK=min(CHUNK, triton.next_power_of_2(T)),
-           BLOCK_E=BACKWARD_BLOCK, BLOCK_N=triton.next_power_of_2(N), num_warps=4)
+           BLOCK_E=BLOCK_E, BLOCK_N=BLOCK_N, num_warps=8)
     dA, dB, dC, dD = (part.sum(0).to(x.dtype) for part, x in zip((dA, dB, dC, dD), (A, B, C, D)))
     return du, d_dt, dA, dB, dC, dD, dh_first
 
@@ -1186,7 +1203,7 @@ def selective_scan_triton(u, dt, A, B, C, D, state=None):
             or any(x.shape != shape for x, shape in zip(tensors, shapes))
             or (state is not None and state.dtype != torch.float32)):
         refuse("selective_scan_triton", tensors, "u, dt (B, T, E), A (E, N), B, C (B, T, N), D "
-               "(E,) in float32, bfloat16 or float16 and state (B, E, N) in float32, T >= 1",
+               "(E,) in float32, bfloat16 or float16 and state (B, E, N) in float32, none empty",
                "mamba.selective_scan")
     if state is None:
         state = torch.zeros(u.shape[0], *A.shape, device=u.device)
@@ -1209,7 +1226,7 @@ def _compile(kernel, args, constants, num_warps, num_stages):
              torch.float64: "*fp64"}
     signature, values, attributes = dict.fromkeys(kernel.arg_names, "constexpr"), {**constants}, {}
     for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
-        if isinstance(value, int) and value == 1:
+        if isinstance(value, int) and value == 1 and not kernel.params[index].do_not_specialize:
             values[name] = 1
             continue
         signature[name] = types[value.dtype] if isinstance(value, Tensor) else \
@@ -1222,14 +1239,24 @@ def _compile(kernel, args, constants, num_warps, num_stages):
         binary = triton.compile(source, target=GPUTarget("cuda", _target, 32),
                                 options={"num_warps": num_warps, "num_stages": num_stages})
         used = binary.metadata.shared / 1024
-        _compiled[key] = used
+        _compiled[key] = used, _stack_bytes(binary)
         if used > TARGETS[_target]:
             raise RuntimeError(f"{kernel.__name__} needs {used:.0f} KiB of shared memory, "
                                f"sm_{_target} has {TARGETS[_target]}")
 
 
+def _stack_bytes(binary):
+    """Bytes of stack per thread: registers that did not suffice and went to memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return max(int(x) for x in re.findall(r"STACK:(\d+)", output.stdout + output.stderr))
+
+
 def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
-    """Compiles every kernel at every head width without a device; prints the shared memory used.
+    """Compiles every kernel at every head width without a device; prints the memory it uses.
 
     Calls the same functions that launch the kernels, on tensors without storage (device "meta").
     """
@@ -1238,9 +1265,9 @@ def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
     for _target in targets:
         for K in widths:
             before = len(_compiled)
-            for T in (150, 8192):
-                q, gate = meta(4, T, 4, K, dtype=dtype), meta(4, 4, T)
-                C, n, m = meta(4, 4, K, K), meta(4, 4, K), meta(4, 4)
+            for B, H, T in ((1, 1, 1), (4, 4, 150), (4, 4, 8192)):
+                q, gate = meta(B, T, H, K, dtype=dtype), meta(B, H, T)
+                C, n, m = meta(B, H, K, K), meta(B, H, K), meta(B, H)
                 for fresh, final in ((True, False), (False, True)):
                     h, *_, = out = mlstm_forward(q, q, q, gate, gate, C, n, m, fresh, final, True)
                     mlstm_backward(q, q, q, gate, gate, h, *out[4:], q, C, n, fresh, final)
@@ -1259,14 +1286,12 @@ def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
                 for save in (False, True):
                     u_t, last, saved = scan_forward(*inputs, meta(4, E, N), save)
                 scan_backward(*inputs, saved, u_t, last)
-            new = list(_compiled.items())[before:]
-            used = max([used for _, used in new], default=0)
-            print(f"sm_{_target}  head width {K:>4}  {len(new):>3} new binaries, shared memory at "
-                  f"most {used:.0f} of {TARGETS[_target]} KiB", flush=True)
+            print(f"sm_{_target}  head width {K:>4}: {len(_compiled) - before} new binaries",
+                  flush=True)
     for name in sorted({key[0] for key in _compiled}):
-        used = [x for key, x in _compiled.items() if key[0] == name]
-        print(f"{name:<24}{len(used):>4} binaries, shared memory {min(used):.0f} to "
-              f"{max(used):.0f} KiB")
+        shared, stack = zip(*(used for key, used in _compiled.items() if key[0] == name))
+        print(f"{name:<24}{len(shared):>4} binaries, shared memory {min(shared):.0f} to "
+              f"{max(shared):.0f} KiB, stack at most {max(stack)} bytes a thread")
 
 
 def _self_check():
@@ -1326,6 +1351,5 @@ if __name__ == "__main__":
     elif INTERPRETED or torch.cuda.is_available():
         _self_check()
     else:
-        import sys
         os.execve(sys.executable, [sys.executable, *sys.argv],
                   {**os.environ, "TRITON_INTERPRET": "1"})

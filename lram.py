@@ -481,6 +481,8 @@ def use_kernels(model, choice="auto"):
         why = "attention is PyTorch's own"
     elif not parameter.is_cuda and not interpreted:
         why = f"the model is on the {parameter.device.type.upper()}"
+    elif torch.version.hip:
+        why = "AMD's GPUs are not supported"
     elif parameter.is_cuda and torch.cuda.get_device_capability(parameter.device) < (8, 0):
         why = f"{torch.cuda.get_device_name(parameter.device)} is older than sm_80"
     elif parameter.dtype == torch.float64:
@@ -488,13 +490,17 @@ def use_kernels(model, choice="auto"):
     elif importlib.util.find_spec("triton") is None:
         why = "Triton is not installed"
     else:
-        widths = {b.inner // b.num_heads for b in recurrent if isinstance(b, MLSTMBlock)}
-        if any(width % 16 for width in widths):
-            why = f"mLSTM heads of width {max(widths)} are no multiple of 16"
+        odd = [b.inner // b.num_heads for b in recurrent
+               if isinstance(b, MLSTMBlock) and b.inner // b.num_heads % 16]
+        if odd:
+            why = f"mLSTM heads of width {odd[0]} are no multiple of 16"
+    if not why:
+        try:
+            import kernels
+        except (ImportError, AttributeError) as error:      # another Triton than 3.4 to 3.9
+            why = f"kernels.py cannot be imported ({error})"
     if why and choice == "triton":
         raise ValueError(f"kernels triton: {why}; use auto or torch")
-    if not why:
-        import kernels
     for block in recurrent:
         if isinstance(block, MLSTMBlock):
             block.cell = mlstm_chunkwise if why else kernels.mlstm_triton

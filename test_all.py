@@ -557,18 +557,31 @@ def kernel_cases(dtype=torch.float32):
 
 
 @kernel_test
-@pytest.mark.parametrize("name", ("mlstm", "step", "slstm", "mamba"))
-def test_kernels_write_every_element(name, monkeypatch):
-    """Memory poisoned with NaN before use, twice: the bits of an honest run. No race shows."""
+@pytest.mark.parametrize("name,chunk", (
+    ("mlstm", 16), ("mlstm", 48), ("fresh", 16), ("fresh", 48), ("last n", 16), ("last n", 48),
+    ("step", None), ("slstm", None), ("mamba", None)))
+def test_kernels_write_every_element(name, chunk, monkeypatch):
+    """Memory poisoned with NaN before use, twice: the bits of an honest run (on a GPU: no race)."""
     import kernels
-    monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: 16)
-    cell, _, inputs, state, weights = kernel_cases()[name]
+    monkeypatch.setattr(kernels, "chunk_length", lambda T, K, V: chunk)
+    cell, _, inputs, state, weights = kernel_cases().get(name, kernel_cases()["mlstm"])
     device = "cuda" if GPU else "cpu"
     inputs, state, weights = ([x.to(device) for x in xs] for xs in (inputs, state, weights))
+    results = lambda: value_and_gradients(cell, inputs, state, weights, torch.float32)
     if name == "step":
-        results = lambda: [*cell(*(x.float() for x in inputs), [x.float() for x in state])[1]]
-    else:
-        results = lambda: value_and_gradients(cell, inputs, state, weights, torch.float32)
+        def results():
+            h, end = cell(*(x.float() for x in inputs), [x.float() for x in state])
+            return [h, *end]
+    if name == "fresh":         # work left out: no state given, none wanted
+        def results():
+            leaves = [x.float().requires_grad_() for x in inputs]
+            h, _ = kernels.mlstm_chunkwise_triton(*leaves, final_state=False)
+            return [h, *torch.autograd.grad(h.sin().sum(), leaves)]
+    if name == "last n":
+        def results():
+            leaves = [x.float().requires_grad_() for x in inputs]
+            _, (_, n, _) = kernels.mlstm_chunkwise_triton(*leaves)
+            return torch.autograd.grad(n.sin().sum(), [leaves[1], *leaves[3:]])
     clean = results()
     for owner, maker in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         original = getattr(owner, maker)
@@ -627,13 +640,43 @@ def test_kernels_under_torch_compile(name):
 
 
 @kernel_test
+@pytest.mark.parametrize("name", ("mlstm", "fresh", "step", "slstm", "mamba"))
+def test_kernels_are_proper_operators(name):
+    """PyTorch's own checks: schema, fake forms with their strides, gradients, dynamic tracing."""
+    import kernels
+    device = "cuda" if GPU else "cpu"
+    make = lambda *shape: torch.randn(shape, device=device)
+    leaf = lambda *shape: make(*shape).requires_grad_()
+    q, gate, C, n, m = (1, 5, 2, 16), (1, 2, 5), (1, 2, 16, 16), (1, 2, 16), (1, 2)
+    sequence = lambda make: [make(*q), make(*q), make(*q), make(*gate), make(*gate)]
+    swapped = make(4, 2, 16, 16).transpose(2, 3).requires_grad_()       # R need not be contiguous
+    operator, args = {
+        "mlstm": (kernels.mlstm_forward_op, [*sequence(leaf), leaf(*C), leaf(*n), make(*m), False,
+                                             True, True]),
+        "fresh": (kernels.mlstm_forward_op, [*sequence(leaf), make(0), make(0), torch.zeros(
+            m, device=device), True, False, True]),
+        "step": (kernels.step_op, [*sequence(make), make(*C), make(*n), make(*m)]),
+        "slstm": (kernels.slstm_forward_op, [leaf(3, 5, 4, 2, 16), swapped, leaf(3, 2, 16),
+                                             leaf(3, 2, 16), make(3, 2, 16).exp().requires_grad_(),
+                                             make(3, 2, 16), True]),
+        "mamba": (kernels.scan_forward_op, [leaf(2, 5, 20), leaf(2, 5, 20), leaf(20, 16),
+                                            leaf(2, 5, 16), leaf(2, 5, 16), leaf(20),
+                                            leaf(2, 20, 16), True]),
+    }[name]
+    torch.library.opcheck(operator, args)
+
+
+@kernel_test
 def test_kernels_refuse_what_they_cannot_take():
     """One error that names what was given, what is expected and what to use instead."""
     import kernels
     device = "cuda" if GPU else "cpu"
     make = lambda *shape, **kw: torch.zeros(shape, device=device, **kw)
     q, gate = make(1, 2, 4, 16), make(1, 2, 4)
-    for args in ((q[..., :8], q[..., :8], q[..., :8], gate, gate),                  # width
+    assert kernels.mlstm_triton(q, q, q, gate, gate, (make(1, 2, 16, 16), make(1, 2, 16),
+                                                     make(1, 2)), final_state=False)[1] is None
+    for args in ((q, q, q, gate, gate, [make(1, 2, 16, 16), make(1, 2, 16)]),       # no m
+                 (q[..., :8], q[..., :8], q[..., :8], gate, gate),                  # width
                  (q.double(), q.double(), q.double(), gate, gate),                  # dtype
                  (q, q.half(), q, gate, gate), (q[:, :, :0],) * 3 + (gate[:, :, :0],) * 2,
                  (q, q, q, gate[:, :1], gate), (q[0], q[0], q[0], gate, gate),
