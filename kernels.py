@@ -28,6 +28,8 @@ units of C = 4 K V, the matrix memory, 0.26 to 3.2 MB at K = V = 256 to 896)
        backwards (mix_kernel, dgates_kernel)  gradient without another product
     7  up to 8 tokens in one launch           2 C bytes for 3 tokens instead of 6 C, no barrier:
        (step_kernel)                          strips of C are independent
+    8  lazy fold: the last tokens wait in a   C bytes read a step, and as many written only when
+       buffer (step_kernel, LAZY)             the buffer is full; exact
 
 What a program owns, for one head (chunked mLSTM; the step kernel owns strips of C)
 
