@@ -139,7 +139,10 @@ def causal_conv(x, last, weight, bias):
 
     x (B, T, E), last (B, 3, E) inputs before x, weight (E, 1, 4), bias (E,) -> (B, T, E), new last.
     """
-    x = torch.cat([last.to(x.dtype), x], dim=1)                             # (B, 3 + T, E)
+    T, x = x.shape[1], torch.cat([last.to(x.dtype), x], dim=1)              # (B, 3 + T, E)
+    if T <= 8:          # acting: a library call costs more than its four shifted products
+        y = bias + sum(x[:, j:j + T] * weight[:, 0, j] for j in range(4))   # (B, T, E)
+        return y, x[:, T:]
     y = F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0])   # (B, E, T)
     return y.transpose(1, 2), x[:, x.shape[1] - last.shape[1]:]
 

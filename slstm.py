@@ -146,7 +146,10 @@ def causal_conv(x, last, weight, bias):
 
     x (B, T, D), last (B, 3, D) inputs before x, weight (D, 1, 4), bias (D,) -> (B, T, D), new last.
     """
-    x = torch.cat([last.to(x.dtype), x], dim=1)                             # (B, 3 + T, D)
+    T, x = x.shape[1], torch.cat([last.to(x.dtype), x], dim=1)              # (B, 3 + T, D)
+    if T <= 8:          # acting: a library call costs more than its four shifted products
+        y = bias + sum(x[:, j:j + T] * weight[:, 0, j] for j in range(4))   # (B, T, D)
+        return y, x[:, T:]
     y = F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0])   # (B, D, T)
     return y.transpose(1, 2), x[:, x.shape[1] - last.shape[1]:]
 
