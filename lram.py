@@ -24,6 +24,7 @@ Glossary (the same letters in every file of this project)
 
 Not included: compiled and quantised acting, export (eval.py --fast).
 """
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -234,12 +235,16 @@ class LRAM(nn.Module):
         tokens = self.tokens(obs, reward, rtg, last_action)             # (B, C, n, D)
         y, state = self.backbone(tokens.flatten(1, 2), state, final_state)      # (B, C n, D)
         y = y.view(tokens.shape)[:, :, at]                              # (B, C, D)
-        rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
-            slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
-        logits = F.linear(y, self.head.weight[rows], self.head.bias[rows])
+        logits = self.readout(y, action_dims)
         # softmax in float32 at least
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, BINS))), state
+
+    def readout(self, y, action_dims):
+        """y (B, C, D) -> (B, C, 256 A or 18): the rows of the head that this action space reads."""
+        rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
+            slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
+        return F.linear(y, self.head.weight[rows], self.head.bias[rows])
 
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
         """One environment step for B environments: the chunk of one step, through the state.
@@ -423,6 +428,136 @@ class Agent:
             index = logits.argmax(-1)
         index = index.cpu().numpy()
         return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------- the fast path
+@torch.library.custom_op("lram::int8_linear", mutates_args=())
+def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (N, in) bfloat16, weight (out, in) int8, scale (out,) -> (N, out) bfloat16.
+
+    An operator of its own because PyTorch 2.13 cannot compile the one inside.
+    """
+    return torch._weight_int8pack_mm(x, weight, scale)
+
+
+@int8_linear.register_fake
+def _(x, weight, scale):
+    return x.new_empty(len(x), len(weight))
+
+
+class NarrowLinear(nn.Module):
+    """nn.Linear with its weight in 16 or 8 bits, inputs in bfloat16, outputs float32 again.
+
+    bits 8: each output's weights are rounded to 127 steps of their largest. Bytes are what a step
+    with few rows costs: 2 or 1 per weight instead of 4.
+    """
+
+    def __init__(self, linear, bits):
+        super().__init__()
+        weight, self.bits = linear.weight.detach(), bits
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127                     # (out,)
+        narrow = weight.bfloat16() if bits == 16 else \
+            (weight / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", narrow)
+        self.register_buffer("scale", scale.bfloat16())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        rows = x.flatten(0, -2).bfloat16()
+        y = F.linear(rows, self.weight) if self.bits == 16 else \
+            int8_linear(rows, self.weight, self.scale)
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def _own_memory(state):
+    """A state whose parts are contiguous and share nothing: what one compiled graph expects."""
+    return tuple(tuple(x.clone(memory_format=torch.contiguous_format) for x in part)
+                 for part in state)
+
+
+class FastPolicy(nn.Module):
+    """A copy of a model whose act() is one compiled function: same arguments, same results.
+
+    For a CPU: torch.compile with the weights frozen into the code and laid out for 3 rows at a
+    time, which plain F.linear is slow at. The first call of each shape compiles for a minute or
+    more (self.compile_seconds); a C++ compiler must be there. Weights are copied: later training of
+    the model is not seen. weights: "float32" (exact to rounding), "bfloat16", "int8" (the blocks'
+    and the head's large matrices; states and sums stay float32).
+    """
+
+    def __init__(self, model, weights="float32"):
+        super().__init__()
+        if weights not in ("float32", "bfloat16", "int8"):
+            raise ValueError(f"weights {weights!r} do not exist; choose float32, bfloat16 or int8")
+        device = next(model.parameters()).device.type
+        if device != "cpu":
+            raise ValueError(f"the fast path is for CPUs, this model is on {device}; leave out "
+                             "--fast, the kernels are used there")
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.config, self.weights = model.config, weights
+        self.compiled, self.compile_seconds, self.heads = {}, 0.0, nn.ModuleDict()
+        use_kernels(self.model, "torch")
+        for module in list(self.model.backbone.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, self._narrowed(child))
+        self.model.readout = lambda y, action_dims: self.heads[str(action_dims)](y)
+
+    def forward(self, *args, **kwargs):
+        """The model's own, not compiled."""
+        return self.model(*args, **kwargs)
+
+    def _narrowed(self, linear):
+        small = linear.weight.numel() < 2 ** 14
+        return linear if small or self.weights == "float32" else \
+            NarrowLinear(linear, 16 if self.weights == "bfloat16" else 8)
+
+    def _head(self, action_dims):
+        # a Linear of its own: PyTorch 2.13 compiles a slice of frozen weights as if it began at 0
+        rows = self.model.head.weight[:MAX_DISCRETE] if action_dims == 0 else \
+            self.model.head.weight[MAX_DISCRETE:MAX_DISCRETE + action_dims * BINS]
+        first = 0 if action_dims == 0 else MAX_DISCRETE
+        head = nn.Linear(rows.shape[1], len(rows)).requires_grad_(False)
+        head.weight.copy_(rows)
+        head.bias.copy_(self.model.head.bias[first:first + len(rows)])
+        return self._narrowed(head)
+
+    def _step(self, *args):
+        logits, state = self.model.act(*args)
+        return logits, _own_memory(state)
+
+    @torch.no_grad()
+    def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
+        """See LRAM.act."""
+        if state is None:
+            state = _own_memory(self.model.backbone.initial_state(len(reward)))
+        elif done is not None and bool(done.any()):     # rare, and a pass over the whole state
+            state = _own_memory(self.model.backbone.reset(state, done))
+        last_action = last_action if "a" in self.config.tokens else None
+        args = obs, reward, rtg, action_dims, last_action, state
+        key = obs.shape, obs.dtype, action_dims
+        if str(action_dims) not in self.heads:
+            self.heads[str(action_dims)] = self._head(action_dims)
+        if key in self.compiled:
+            return self.compiled[key](*args)
+        # freezing is read while tracing: as an option of torch.compile it would come too late.
+        # PyTorch 2.13: in-place buffers give wrong numbers where C is returned (hence the check
+        # below)
+        settings = dict(freezing=True, max_autotune=True, inplace_buffers=False,
+                        max_autotune_report_choices_stats=False)
+        started = time.perf_counter()
+        with torch._inductor.config.patch(settings):
+            self.compiled[key] = torch.compile(self._step, fullgraph=True, dynamic=False)
+            logits, state = self.compiled[key](*args)
+        self.compile_seconds += time.perf_counter() - started
+        expected, _ = self.model.act(*args)             # not compiled
+        error = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
+        if not error < (1e-3 if self.weights == "float32" else 5e-2):
+            raise RuntimeError(f"the compiled policy is off by {error:.0e} from the plain one on "
+                               f"this machine (PyTorch {torch.__version__}); act without --fast")
+        return logits, state
 
 
 # ---------------------------------------------------------------------- checkpoints, device, check
