@@ -33,6 +33,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -697,6 +698,35 @@ class _FrameGrabber(gym.Wrapper):
         return self.env.step(action)
 
 
+def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
+    """Play an episode with the plain model, the fast policy beside it; print how they differ."""
+    from lram import Agent
+    agents, logits, same, times = (Agent(model, card, seed=seed), Agent(fast, card, seed=seed)), \
+        [], [], []
+
+    def policy(envs):
+        for agent in agents:
+            agent.begin(envs.num_envs)
+
+        def act(*inputs):
+            started = time.perf_counter()
+            action = agents[0].act(*inputs)
+            middle = time.perf_counter()
+            other = agents[1].act(*inputs)
+            times.append((middle - started, time.perf_counter() - middle))
+            agents[1].last_action = agents[0].last_action       # both live in the plain one's world
+            logits.append([agent.logits.double().flatten().numpy() for agent in agents])
+            same.append(np.mean(action == other))
+            return action
+        return act
+    list(rollout(partial(make_env, task), policy, [seed], num_envs=1, keep_states=False))
+    plain, compiled = (np.stack(x) for x in zip(*logits))
+    plain_ms, fast_ms = 1e3 * np.median(times[5:], axis=0)
+    print(f"fast path, {fast.weights}: compiled in {fast.compile_seconds:.0f} s; over an episode "
+          f"of {task} ({len(same)} steps) logits within {np.abs(plain - compiled).max():.1e}, "
+          f"actions agree {100 * np.mean(same):.1f} %; {plain_ms:.2f} -> {fast_ms:.2f} ms a step (median)")
+
+
 def record_video(agent, task, path, seed=EVALUATION_SEED):
     """One episode as an animated GIF (for MuJoCo this needs an OpenGL library)."""
     from PIL import Image
@@ -733,6 +763,10 @@ class Args:
     """cpu, cuda, or auto."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What runs the recurrences: PyTorch or kernels.py; auto: the kernels on a GPU."""
+    fast: bool = False
+    """Act through the compiled policy (CPU; compiles first), one environment at a time."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Storage of the weights with --fast; what it costs in agreement is printed."""
     output: Path | None = None
     """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
@@ -848,6 +882,16 @@ def main(args):
         f"{count_parameters(model):,} parameters, step {payload.get('step', '?')}; "
         f"device {reason}; kernels {kernels}"
     )
+    num_envs, processes = args.num_envs, args.processes
+    if args.fast:
+        from lram import FastPolicy
+        try:
+            fast = FastPolicy(model, args.weights)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        task = next(iter(cards))
+        check_fast(model, fast, task, cards[task], args.seed)
+        model, num_envs, processes = fast, 1, 1
     options = dict(
         context=args.context, temperature=args.temperature, target_return=args.target_return
     )
@@ -857,7 +901,7 @@ def main(args):
             Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed
         )
     summary = evaluate(
-        model, cards, args.episodes, args.seed, args.num_envs, processes=args.processes, **options
+        model, cards, args.episodes, args.seed, num_envs, processes=processes, **options
     )
     print(format_table(summary))
     if args.output:

@@ -29,6 +29,7 @@ import dataclasses
 import importlib.util
 import os
 import pickle
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,6 +492,9 @@ class FastPolicy(nn.Module):
         super().__init__()
         if weights not in ("float32", "bfloat16", "int8"):
             raise ValueError(f"weights {weights!r} do not exist; choose float32, bfloat16 or int8")
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("the fast path compiles for this CPU and needs g++ (or another C++ "
+                             "compiler, named in CXX)")
         device = next(model.parameters()).device.type
         if device != "cpu":
             raise ValueError(f"the fast path is for CPUs, this model is on {device}; leave out "
@@ -510,7 +514,7 @@ class FastPolicy(nn.Module):
         return self.model(*args, **kwargs)
 
     def _narrowed(self, linear):
-        small = linear.weight.numel() < 2 ** 14
+        small = linear.weight.numel() < 2 ** 11       # gates and the like: nothing to gain
         return linear if small or self.weights == "float32" else \
             NarrowLinear(linear, 16 if self.weights == "bfloat16" else 8)
 
@@ -546,7 +550,7 @@ class FastPolicy(nn.Module):
         # PyTorch 2.13: in-place buffers give wrong numbers where C is returned (hence the check
         # below)
         settings = dict(freezing=True, max_autotune=True, inplace_buffers=False,
-                        max_autotune_report_choices_stats=False)
+                        max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
         started = time.perf_counter()
         with torch._inductor.config.patch(settings):
             self.compiled[key] = torch.compile(self._step, fullgraph=True, dynamic=False)

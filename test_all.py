@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -1301,6 +1302,46 @@ def test_rows_of_an_agent_do_not_meet(backbone):
                                         ends[t, row:row + 1])
                 assert relative(both.logits[row:row + 1], alone[row].logits) < 1e-4
                 assert action[0] == together[row]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("backbone,weights", (
+    ("mlstm", "float32"), ("mlstm", "int8"), ("xlstm", "float32"), ("mamba", "float32"),
+    ("gpt", "float32")))
+def test_fast_policy_is_the_policy(backbone, weights):
+    """Compiled against plain over 12 steps, one row reset: logits, states, no second compiling."""
+    model = small_model(backbone, layers=1 if backbone in ("mamba", "gpt") else 2)
+    fast = lram.FastPolicy(model, weights)
+    state = fast_state = None
+    compiled = torch._dynamo.utils.counters["stats"]
+    for t in range(12):
+        obs, scalar = torch.randn(2, 39), torch.randn(2)
+        done = torch.tensor([t == 7, False])
+        with torch.no_grad():
+            logits, state = model.act(obs, scalar, scalar, 4, state=state, done=done)
+        ours, fast_state = fast.act(obs, scalar, scalar, 4, state=fast_state, done=done)
+        bar = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 1e-1}[weights]
+        assert relative(ours, logits) < bar, t
+        assert weights != "float32" or all(relative(a, b) < bar for a, b in zip(
+            flatten(fast_state), flatten(state)))
+        graphs = compiled["unique_graphs"] if t == 0 else graphs
+        assert compiled["unique_graphs"] == graphs
+    assert fast.compile_seconds > 0
+    narrow = [m for m in fast.model.backbone.modules() if isinstance(m, lram.NarrowLinear)]
+    assert len(narrow) == (0 if weights == "float32" else 4)        # up and down of two blocks
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_fast_policy_refuses(monkeypatch):
+    """Unknown weights; and a compiled policy that is wrong is never acted on."""
+    model = small_model("mlstm")
+    with pytest.raises(ValueError, match="'int4' do not exist; choose float32, bfloat16 or int8"):
+        lram.FastPolicy(model, "int4")
+    fast = lram.FastPolicy(model)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    fast._step = lambda *args: (fast.model.act(*args)[0] + 1, None)
+    with pytest.raises(RuntimeError, match="off by .* from the plain one"):
+        fast.act(torch.randn(1, 39), torch.zeros(1), torch.zeros(1), 4)
 
 
 def test_decoding():
