@@ -1,13 +1,21 @@
-"""Benchmarks: how fast the kernels are, beside PyTorch, the public kernels and what the GPU can do.
+"""Benchmarks: milliseconds per environment step on this CPU; speed of the kernels on a GPU.
 
+    python bench.py                                 # acting: every backbone, plain and compiled
+    python bench.py --size 16m --weights int8       # a size of the paper; compiles for minutes
     python bench.py --kernels                       # every table below, on an NVIDIA GPU
     python bench.py --kernels --output kernels.json # and the numbers
     TRITON_INTERPRET=1 python bench.py --kernels --quick    # toy shapes on a CPU: that it runs
 
-Every row is timed in the same run, on the same inputs, after its result has been compared with the
-float32 reference; medians after warm-up, caches flushed between runs (triton.testing.do_bench). The
-two ceilings are measured first: bytes per second of a large copy, and the rate of a large matrix
-product. A row's share is (bytes or operations that the shape needs) / time / ceiling:
+Acting: one environment, random weights and observations, one step is observation in, logits out (3
+tokens), the state carried on; compiled is lram.FastPolicy, compared with the plain model before it
+is timed. The floor is the time to copy weights and state once in this memory. A step misses the
+deadline of a control rate if it takes longer than the period.
+
+Kernels: every row is timed in the same run, on the same inputs, after its result has been compared
+with the float32 reference; medians after warm-up, caches flushed between runs
+(triton.testing.do_bench). The two ceilings are measured first: bytes per second of a large copy,
+and the rate of a large matrix product. A row's share is (bytes or operations that the shape needs)
+/ time / ceiling:
 
     sequences   (T + 1) (K + V) operations per head and token, all causal pairs, or 4 K V + (L + 64)
                 (K + V) in chunks of L if that is less (kernels.chunk_length); backward twice that
@@ -19,16 +27,19 @@ Public peers (`pip install --no-deps mlstm-kernels==2.0.6`, mamba-ssm) are measu
 They take T in multiples of 64 and are given zero-padded inputs where T is none. What refuses a
 shape or fails is named with its reason.
 
-Not included: latency of acting, throughput and memory of whole models.
+Not included: simulators' own time, batches of environments, GPUs for acting.
 """
 import json
 import os
+import platform
 import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,6 +53,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @dataclass
 class Args:
     """Measure, print, and write what was measured."""
+    size: str = "tiny"
+    """Size of the models that act: tiny, 16m, 48m, 110m, 206m, ..."""
+    backbones: tuple[str, ...] = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
+    """Backbones that act."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Storage of the weights of the compiled policy."""
+    steps: int = 500
+    """Environment steps that are timed, after 20 to warm up."""
+    threads: int = 1
+    """Threads of the CPU."""
     kernels: bool = False
     """Kernels of kernels.py against PyTorch and the public kernels; needs an NVIDIA GPU."""
     quick: bool = False
@@ -305,10 +326,72 @@ def kernel_tables(quick):
     return table.rows
 
 
+# ------------------------------------------------------------------------------------------ acting
+def act_times(policy, steps, context):
+    """Milliseconds of every step of one environment; gpt starts afresh when its context is full."""
+    obs, scalar, state, times = torch.randn(steps + 20, 1, 39), torch.ones(1), None, []
+    with torch.no_grad():
+        for t in range(steps + 20):
+            state = None if context and t % context == 0 else state
+            started = time.perf_counter()
+            _, state = policy.act(obs[t], scalar, scalar, 4, state=state)
+            times.append(1e3 * (time.perf_counter() - started))
+    return np.array(times[20:])
+
+
+def latency(args):
+    """The table of acting; its last line is one JSON object."""
+    from lram import LRAM, Config, FastPolicy, count_parameters, state_bytes
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    source, target = torch.empty(2, 2 ** 28, dtype=torch.uint8)
+    copies = []
+    for _ in range(7):
+        started = time.perf_counter()
+        target.copy_(source)
+        copies.append(2 ** 28 / (time.perf_counter() - started))
+    bandwidth = statistics.median(copies)
+    print(f"{platform.processor() or platform.machine()}, {args.threads} of {os.cpu_count()} "
+          f"threads, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}; copies "
+          f"{bandwidth / 1e9:.1f} GB a second; {args.size}, {args.steps} steps")
+    print(f"{'milliseconds per step':<24}{'floor':>8}{'median':>8}{'p95':>8}{'p99':>8}{'max':>8}"
+          f"{'> 20 ms':>9}{'> 10 ms':>9}{'> 5 ms':>9}")
+    rows = []
+    for name in args.backbones:
+        try:
+            model = LRAM(Config(name, args.size)).eval()
+            fast = FastPolicy(model, args.weights)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        bytes_per_weight = {"float32": 4, "bfloat16": 2, "int8": 1}[args.weights]
+        state = state_bytes(model.backbone.initial_state(1))
+        weights = count_parameters(model.backbone)
+        context = model.config.context if name == "gpt" else 0
+        for label, policy, size in (("plain", model, 4), (args.weights, fast, bytes_per_weight)):
+            times = act_times(policy, args.steps, context)
+            row = dict(backbone=name, policy=label, weight_bytes=weights * size, state_bytes=state,
+                       floor_ms=1e3 * (weights * size + state) / bandwidth,
+                       median_ms=float(np.median(times)), max_ms=float(times.max()),
+                       p95_ms=float(np.percentile(times, 95)),
+                       p99_ms=float(np.percentile(times, 99)),
+                       missed={hz: int((times > 1e3 / hz).sum()) for hz in (50, 100, 200)})
+            rows.append(row)
+            print(f"{name + ', ' + label:<24}{row['floor_ms']:>8.2f}{row['median_ms']:>8.2f}"
+                  f"{row['p95_ms']:>8.2f}{row['p99_ms']:>8.2f}{row['max_ms']:>8.2f}"
+                  + "".join(f"{n:>9}" for n in row["missed"].values()), flush=True)
+        rows[-1]["compile_seconds"] = fast.compile_seconds
+    print(f"compiling took {', '.join(str(round(r['compile_seconds'])) for r in rows[1::2])} s; "
+          f"load at the end {os.getloadavg()[0]:.1f}")
+    print(json.dumps({"size": args.size, "threads": args.threads, "bandwidth": bandwidth,
+                      "rows": rows}))
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1))
+
+
 def main(args):
     """See the opening of this file."""
     if not args.kernels:
-        raise SystemExit("choose what to measure: --kernels (python bench.py --help)")
+        return latency(args)
     if not (torch.cuda.is_available() or INTERPRETED):
         print("--kernels: no CUDA GPU found, so no kernel's speed can be measured here. What can "
               "be shown without one:\n"

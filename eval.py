@@ -724,7 +724,8 @@ def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
     plain_ms, fast_ms = 1e3 * np.median(times[5:], axis=0)
     print(f"fast path, {fast.weights}: compiled in {fast.compile_seconds:.0f} s; over an episode "
           f"of {task} ({len(same)} steps) logits within {np.abs(plain - compiled).max():.1e}, "
-          f"actions agree {100 * np.mean(same):.1f} %; {plain_ms:.2f} -> {fast_ms:.2f} ms a step (median)")
+          f"actions agree {100 * np.mean(same):.1f} %; {plain_ms:.2f} -> {fast_ms:.2f} ms a step "
+          "(median)")
 
 
 def record_video(agent, task, path, seed=EVALUATION_SEED):

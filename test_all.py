@@ -1840,6 +1840,8 @@ def quick_form(script, rest):
         return rest + tasks + [word for pair in quick.items() for word in pair]
     if script == "eval.py" and "--checkpoint" in rest:
         return [*rest, "--episodes", "1"]
+    if script == "bench.py" and "--kernels" not in rest:
+        return ["--backbones", "gpt", "--steps", "20"]
     if rest == ["--compile-all"]:       # test_kernels_compile_ahead_of_time compiles two widths
         return ["--help"]
     if script == "data.py" and rest == ["make"]:
