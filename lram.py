@@ -22,7 +22,7 @@ Glossary (the same letters in every file of this project)
     card       what is known of a task (task.json): reward scale, target return, action spec,
                statistics, scores
 
-Not included: compiled and quantised acting, export (eval.py --fast).
+Not included: compiled acting on a GPU, export.
 """
 import copy
 import dataclasses
