@@ -507,7 +507,7 @@ class FastPolicy(nn.Module):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, self._narrowed(child))
-        self.model.readout = lambda y, action_dims: self.heads[str(action_dims)](y)
+        self.model.readout = self._readout
 
     def forward(self, *args, **kwargs):
         """The model's own, not compiled."""
@@ -527,6 +527,11 @@ class FastPolicy(nn.Module):
         head.weight.copy_(rows)
         head.bias.copy_(self.model.head.bias[first:first + len(rows)])
         return self._narrowed(head)
+
+    def _readout(self, y, action_dims):
+        name = str(action_dims)
+        return self.heads[name](y) if name in self.heads else \
+            LRAM.readout(self.model, y, action_dims)
 
     def _step(self, *args):
         logits, state = self.model.act(*args)
@@ -551,8 +556,9 @@ class FastPolicy(nn.Module):
         # below)
         settings = dict(freezing=True, max_autotune=True, inplace_buffers=False,
                         max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
+        from torch._inductor import config as inductor
         started = time.perf_counter()
-        with torch._inductor.config.patch(settings):
+        with inductor.patch(settings):
             self.compiled[key] = torch.compile(self._step, fullgraph=True, dynamic=False)
             logits, state = self.compiled[key](*args)
         self.compile_seconds += time.perf_counter() - started

@@ -1327,6 +1327,9 @@ def test_fast_policy_is_the_policy(backbone, weights):
         graphs = compiled["unique_graphs"] if t == 0 else graphs
         assert compiled["unique_graphs"] == graphs
     assert fast.compile_seconds > 0
+    window = torch.randn(2, 3, 39), *torch.randn(2, 2, 3)
+    if weights == "float32":            # not compiled: what Agent's window asks for
+        assert relative(fast(*window, 6)[0], model(*window, 6)[0]) < 1e-4
     narrow = [m for m in fast.model.backbone.modules() if isinstance(m, lram.NarrowLinear)]
     assert len(narrow) == (0 if weights == "float32" else 4)        # up and down of two blocks
 
