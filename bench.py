@@ -29,6 +29,7 @@ shape or fails is named with its reason.
 
 Not included: simulators' own time, batches of environments, GPUs for acting.
 """
+import importlib
 import json
 import os
 import platform
@@ -93,11 +94,10 @@ def ceilings(device):
             2e3 * width ** 3 / milliseconds(lambda: x @ y))
 
 
-def optional(*path):
+def optional(module, name):
     """An attribute of a module that may not be installed; None then."""
     try:
-        module = __import__(path[0], fromlist=[path[1]])
-        return getattr(module, path[1])
+        return getattr(importlib.import_module(module), name)
     except Exception:           # a peer may also fail while it is imported
         return None
 

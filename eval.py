@@ -3,6 +3,7 @@ checkpoint.
 
     python eval.py --checkpoint runs/mlstm/checkpoint.pt     # needs nothing but the checkpoint
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --video reach.gif
+    python eval.py --checkpoint ... --fast                   # acts through the compiled policy
     python eval.py --compare runs/*/scores.json --output scores.png
     python eval.py --list                                    # every task, and what is missing
 

@@ -243,8 +243,7 @@ class LRAM(nn.Module):
 
     def readout(self, y, action_dims):
         """y (B, C, D) -> (B, C, 256 A or 18): the rows of the head that this action space reads."""
-        rows = slice(0, MAX_DISCRETE) if action_dims == 0 else \
-            slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
+        rows = head_rows(action_dims)
         return F.linear(y, self.head.weight[rows], self.head.bias[rows])
 
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
@@ -271,6 +270,12 @@ class LRAM(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- actions, loss
+def head_rows(action_dims):
+    """The rows of the head for A continuous dimensions, or for discrete actions (0)."""
+    return slice(0, MAX_DISCRETE) if action_dims == 0 else \
+        slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
+
+
 def action_to_bin(action):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
     return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) \
@@ -520,12 +525,10 @@ class FastPolicy(nn.Module):
 
     def _head(self, action_dims):
         # a Linear of its own: PyTorch 2.13 compiles a slice of frozen weights as if it began at 0
-        rows = self.model.head.weight[:MAX_DISCRETE] if action_dims == 0 else \
-            self.model.head.weight[MAX_DISCRETE:MAX_DISCRETE + action_dims * BINS]
-        first = 0 if action_dims == 0 else MAX_DISCRETE
-        head = nn.Linear(rows.shape[1], len(rows)).requires_grad_(False)
-        head.weight.copy_(rows)
-        head.bias.copy_(self.model.head.bias[first:first + len(rows)])
+        rows, whole = head_rows(action_dims), self.model.head
+        head = nn.Linear(whole.in_features, rows.stop - rows.start).requires_grad_(False)
+        head.weight.copy_(whole.weight[rows])
+        head.bias.copy_(whole.bias[rows])
         return self._narrowed(head)
 
     def _readout(self, y, action_dims):
@@ -559,14 +562,15 @@ class FastPolicy(nn.Module):
         from torch._inductor import config as inductor
         started = time.perf_counter()
         with inductor.patch(settings):
-            self.compiled[key] = torch.compile(self._step, fullgraph=True, dynamic=False)
-            logits, state = self.compiled[key](*args)
+            compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
+            logits, state = compiled(*args)
         self.compile_seconds += time.perf_counter() - started
         expected, _ = self.model.act(*args)             # not compiled
         error = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
         if not error < (1e-3 if self.weights == "float32" else 5e-2):
             raise RuntimeError(f"the compiled policy is off by {error:.0e} from the plain one on "
                                f"this machine (PyTorch {torch.__version__}); act without --fast")
+        self.compiled[key] = compiled
         return logits, state
 
 

@@ -151,7 +151,7 @@ def causal_conv(x, last, weight, bias):
         y = bias + sum(x[:, j:j + T] * weight[:, 0, j] for j in range(4))   # (B, T, D)
         return y, x[:, T:]
     y = F.conv1d(x.transpose(1, 2), weight, bias, groups=weight.shape[0])   # (B, D, T)
-    return y.transpose(1, 2), x[:, x.shape[1] - last.shape[1]:]
+    return y.transpose(1, 2), x[:, T:]
 
 
 class SLSTMBlock(nn.Module):
