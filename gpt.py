@@ -36,9 +36,10 @@ def attention_initial_state(q, capacity):
 
 def _append(cache, new, used):
     """Write new (B, H, T, dh) into cache (B, H, S, dh) at each row's own position used (B,)."""
-    T = new.shape[2]
-    at = (used[:, None] + torch.arange(T, device=new.device))[:, None, :, None]     # (B, 1, T, 1)
-    return cache.scatter(2, at.expand(-1, new.shape[1], -1, new.shape[3]), new.to(cache.dtype))
+    rows = torch.arange(len(new), device=new.device)[:, None]                       # (B, 1)
+    at = used[:, None] + torch.arange(new.shape[2], device=new.device)              # (B, T)
+    # cache[rows, :, at] = new, as a new tensor (which torch.compile turns back into a write)
+    return torch.ops.aten.index_put(cache, [rows, None, at], new.transpose(1, 2).to(cache.dtype))
 
 
 def attention_recurrent(q, k, v, state=None, capacity=None):

@@ -27,12 +27,16 @@ Not included: compiled acting on a GPU, export.
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pickle
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -41,7 +45,7 @@ from torch import nn
 
 from gpt import GPTBlock, LearnedPositions
 from mamba import MambaBlock, selective_scan
-from mlstm import MLSTMBlock, mlstm_chunkwise
+from mlstm import MLSTMBlock, mlstm_chunkwise, settled
 from slstm import SLSTMBlock, slstm_scan
 
 STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
@@ -437,60 +441,67 @@ class Agent:
 
 
 # ----------------------------------------------------------------------------------- the fast path
-@torch.library.custom_op("lram::int8_linear", mutates_args=())
-def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (N, in) bfloat16, weight (out, in) int8, scale (out,) -> (N, out) bfloat16.
+COMPILED = itertools.count()
+PACKED = []     # int8 weights in the library's own layout; the compiled code holds their numbers
 
-    An operator of its own because PyTorch 2.13 cannot compile the one inside.
+
+@torch.library.custom_op("lram::int8_linear", mutates_args=())
+def int8_linear(x: torch.Tensor, number: int, outputs: int) -> torch.Tensor:
+    """x (N, in) -> (N, out), both float32: the product with PACKED[number].
+
+    PyTorch's int8 product (FBGEMM on x86): x is rounded to 8 bits too, one scale for all of it, so
+    that the processor multiplies bytes. An operator of its own: torch.compile cannot hold a packed
+    weight.
     """
-    return torch._weight_int8pack_mm(x, weight, scale)
+    return torch.ops.quantized.linear_dynamic(x, PACKED[number])
 
 
 @int8_linear.register_fake
-def _(x, weight, scale):
-    return x.new_empty(len(x), len(weight))
+def _(x, number, outputs):
+    return x.new_empty(len(x), outputs)
 
 
 class NarrowLinear(nn.Module):
-    """nn.Linear with its weight in 16 or 8 bits, inputs in bfloat16, outputs float32 again.
+    """nn.Linear with its weight in 16 or 8 bits, float32 outside. Bytes are what few rows cost.
 
-    bits 8: each output's weights are rounded to 127 steps of their largest. Bytes are what a step
-    with few rows costs: 2 or 1 per weight instead of 4.
+    bits 16: weight and inputs in bfloat16. bits 8: each output's weights are rounded to 127 steps
+    of their largest, the inputs to 255 steps of their range.
     """
 
     def __init__(self, linear, bits):
         super().__init__()
-        weight, self.bits = linear.weight.detach(), bits
+        weight, self.bits, self.outputs = linear.weight.detach(), bits, linear.out_features
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        if bits == 16:
+            self.register_buffer("weight", weight.bfloat16())
+            self.register_buffer("bias", bias)
+            return
         scale = weight.abs().amax(1).clamp_min(1e-12) / 127                     # (out,)
-        narrow = weight.bfloat16() if bits == 16 else \
-            (weight / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", narrow)
-        self.register_buffer("scale", scale.bfloat16())
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        zero = torch.zeros(self.outputs, dtype=torch.long)
+        with warnings.catch_warnings():         # deprecated for a package that is not PyTorch's own
+            warnings.simplefilter("ignore")
+            narrow = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+        self.number = len(PACKED)
+        PACKED.append(torch.ops.quantized.linear_prepack(narrow, bias))
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        rows = x.flatten(0, -2).bfloat16()
-        y = F.linear(rows, self.weight) if self.bits == 16 else \
-            int8_linear(rows, self.weight, self.scale)
-        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        if self.bits == 8:
+            return int8_linear(x.flatten(0, -2), self.number, self.outputs).unflatten(
+                0, x.shape[:-1])
+        y = F.linear(x.bfloat16(), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias
-
-
-def _own_memory(state):
-    """A state whose parts are contiguous and share nothing: what one compiled graph expects."""
-    return tuple(tuple(x.clone(memory_format=torch.contiguous_format) for x in part)
-                 for part in state)
 
 
 class FastPolicy(nn.Module):
     """A copy of a model whose act() is one compiled function: same arguments, same results.
 
-    For a CPU: torch.compile with the weights frozen into the code and laid out for 3 rows at a
-    time, which plain F.linear is slow at. The first call of each shape compiles for a minute or
-    more (self.compile_seconds); a C++ compiler must be there. Weights are copied: later training of
-    the model is not seen. weights: "float32" (exact to rounding), "bfloat16", "int8" (the blocks'
-    and the head's large matrices; states and sums stay float32).
+    The state that a call returned is updated in place by the next; any other is copied first. Keep
+    a clone of a state that you mean to come back to. For a CPU: torch.compile with the weights frozen into the code and
+    laid out for 3 rows at a time, which plain F.linear is slow at. The first call of each shape
+    compiles for a minute or more (self.compile_seconds); a C++ compiler must be there. Weights are
+    copied: later training of the model is not seen. weights: "float32" (exact to rounding),
+    "bfloat16", "int8" (the blocks' and the head's large matrices; states and sums stay float32).
     """
 
     def __init__(self, model, weights="float32"):
@@ -507,7 +518,12 @@ class FastPolicy(nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.config, self.weights = model.config, weights
         self.compiled, self.compile_seconds, self.heads = {}, 0.0, nn.ModuleDict()
+        self.last = None            # the state that the last call returned
         use_kernels(self.model, "torch")
+        for block in self.model.backbone.blocks:
+            if isinstance(block, MLSTMBlock):
+                block.folded = block.folded_gates().requires_grad_(False)
+                block.gate = partial(_folded_gate, block.folded)
         for module in list(self.model.backbone.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -536,42 +552,85 @@ class FastPolicy(nn.Module):
         return self.heads[name](y) if name in self.heads else \
             LRAM.readout(self.model, y, action_dims)
 
-    def _step(self, *args):
-        logits, state = self.model.act(*args)
-        return logits, _own_memory(state)
+    def own_state(self, state):
+        """A copy of a state, laid out for the compiled step; shares nothing with it.
+
+        C (B, H, K, V) is stored column after column: the step reads and updates it in one pass.
+        """
+        copies = []
+        for block, part in zip(self.model.backbone.blocks, state):
+            part = [x.clone(memory_format=torch.contiguous_format) for x in part]
+            if isinstance(block, MLSTMBlock):
+                part[0] = part[0].transpose(2, 3).contiguous().transpose(2, 3)
+            copies.append(tuple(part))
+        return tuple(copies)
+
+    def _step(self, obs, reward, rtg, action_dims, last_action, state):
+        logits, new = self.model.act(obs, reward, rtg, action_dims, last_action, state)
+        _overwrite(self.model.backbone.blocks, state, new)
+        return logits
 
     @torch.no_grad()
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
-        """See LRAM.act."""
+        """See LRAM.act; the state is updated in place."""
         if state is None:
-            state = _own_memory(self.model.backbone.initial_state(len(reward)))
-        elif done is not None and bool(done.any()):     # rare, and a pass over the whole state
-            state = _own_memory(self.model.backbone.reset(state, done))
+            state = self.own_state(self.model.backbone.initial_state(len(reward)))
+        elif state is not self.last:
+            state = self.own_state(state)
+        self.last = state
+        if done is not None and bool(done.any()):       # rare, and a pass over the whole state
+            _overwrite(self.model.backbone.blocks, state, self.model.backbone.reset(state, done))
         last_action = last_action if "a" in self.config.tokens else None
-        args = obs, reward, rtg, action_dims, last_action, state
-        key = obs.shape, obs.dtype, action_dims
+        inputs = [x if x is None else x.contiguous() for x in (obs, reward, rtg, last_action)]
+        key = action_dims, *((x.shape, x.dtype) for x in inputs if x is not None)
+        if any(len(x) != len(state[0][0]) for x in inputs if x is not None):
+            raise ValueError(f"the state has {len(state[0][0])} rows, the inputs have "
+                             f"{[len(x) for x in inputs if x is not None]}")
+        args = *inputs[:3], action_dims, inputs[3], state
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(*args)
+        return self.compiled[key](*args), state
+
+    def _compile(self, *args):
+        """The compiled step for arguments like these, compared with the plain one on them."""
+        action_dims, state = args[3], args[5]
         if str(action_dims) not in self.heads:
             self.heads[str(action_dims)] = self._head(action_dims)
-        if key in self.compiled:
-            return self.compiled[key](*args)
         # freezing is read while tracing: as an option of torch.compile it would come too late.
-        # PyTorch 2.13: in-place buffers give wrong numbers where C is returned (hence the check
-        # below)
-        settings = dict(freezing=True, max_autotune=True, inplace_buffers=False,
+        # PyTorch 2.13: in-place buffers give wrong numbers, hence the check below
+        settings = dict(freezing=True, max_autotune=True, inplace_buffers=False, cpp_wrapper=True,
                         max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
         from torch._inductor import config as inductor
-        started = time.perf_counter()
+        started, trial = time.perf_counter(), self.own_state(state)
         with inductor.patch(settings):
-            compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
-            logits, state = compiled(*args)
+            # without guards, which cost as much as a tiny model: act() sees to the shapes itself.
+            # torch.compile keeps its results with the code object, so each needs a new one
+            code = FastPolicy._step.__code__.replace(co_name=f"step_{next(COMPILED)}")
+            step = FunctionType(code, globals()).__get__(self)
+            compiled = torch.compile(
+                step, fullgraph=True, dynamic=False,
+                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+            logits = compiled(*args[:-1], trial)
         self.compile_seconds += time.perf_counter() - started
-        expected, _ = self.model.act(*args)             # not compiled
-        error = ((logits - expected).norm() / expected.norm().clamp_min(1e-6)).item()
+        expected, new = self.model.act(*args)           # not compiled
+        pairs = [(logits, expected)] + [
+            pair for parts in zip(trial, new) for pair in zip(*parts)]
+        error = max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-6)).item()
+                    for a, b in pairs)
         if not error < (1e-3 if self.weights == "float32" else 5e-2):
             raise RuntimeError(f"the compiled policy is off by {error:.0e} from the plain one on "
                                f"this machine (PyTorch {torch.__version__}); act without --fast")
-        self.compiled[key] = compiled
-        return logits, state
+        return compiled
+
+
+def _folded_gate(folded, q, k, v, x_c, x_m):
+    return folded(torch.cat([x_c, x_m], -1))
+
+
+def _overwrite(blocks, state, new):
+    for block, old_part, new_part in zip(blocks, state, new):
+        for old, value in zip(old_part, new_part):
+            old.copy_(settled(value + 0.0) if isinstance(block, MambaBlock) else value)
 
 
 # ---------------------------------------------------------------------- checkpoints, device, check

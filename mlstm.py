@@ -94,6 +94,12 @@ def log_decay(log_f):
     return x.masked_fill(~past, -torch.inf)
 
 
+def settled(x):
+    """x itself; tells the compiler to compute it once, and not again wherever it is used."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
 def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     """mLSTM, all tokens at once: one chunk of the chunkwise form. Same arguments and results.
 
@@ -104,6 +110,7 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     three times. xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
     """
     fresh = state is None           # then C = n = 0: nothing to read or to keep from before
+    fused = q.shape[2] <= 8 and torch.compiler.is_compiling()
     C, n, m = mlstm_initial_state(q, v) if fresh else state
     T, dtype, scale = q.shape[2], v.dtype, q.shape[-1] ** -0.5
     log_f, i = F.logsigmoid(f.to(C.dtype)), i.to(C.dtype)           # (B, H, T)
@@ -119,16 +126,21 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     if not fresh:
         # decayed q (B, H, T, K): the query as the incoming state sees it
         decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]
-        num = num + decayed_q @ C
-        den = den + (decayed_q @ n[..., None])[..., 0]
+        if fused:       # sums that share one loop with C's update below: C passes the core once
+            decayed_q = settled(decayed_q)
+            num = num + torch.stack([(decayed_q[:, :, t, :, None] * C).sum(-2) for t in range(T)], 2)
+            den = den + (decayed_q * n[:, :, None]).sum(-1)
+        else:
+            num, den = num + decayed_q @ C, den + (decayed_q @ n[..., None])[..., 0]
     h = quotient(num, den, m_t)
 
     if not final_state:
         return h.to(dtype), None
     # the state after the last token: its row of D holds what every token still weighs at the end
     weighted_k = k.to(C.dtype) * D[..., -1, :, None]                # (B, H, T, K)
-    if T <= 8 and torch.compiler.is_compiling():    # outer products that fuse into C's update
-        C_new = sum(weighted_k[:, :, s, :, None] * v[:, :, s, None].to(C.dtype) for s in range(T))
+    if fused:
+        weighted_k, v = settled(weighted_k), settled(v.to(C.dtype))
+        C_new = sum(weighted_k[:, :, s, :, None] * v[:, :, s, None] for s in range(T))
     else:
         C_new = weighted_k.transpose(-1, -2) @ v.to(C.dtype)
     n_new = weighted_k.sum(-2)
@@ -211,6 +223,21 @@ class MLSTMBlock(nn.Module):
             batch_size, *shape, device=device, dtype=dtype)
         return zeros(H, K, K), zeros(H, K), zeros(H), zeros(3, self.inner, dtype=dtype)
 
+    def gate(self, q, k, v, x_c, x_m):
+        """i, f = W [q; k; v] + b -> (B, T, 2H)."""
+        return self.gates(torch.cat([q, k, v], -1))
+
+    def folded_gates(self):
+        """The same map from [x_c; x_m], a Linear(2E, 2H): W [q; k; v] = (W_q B_q + W_k B_k) x_c +
+        W_v B_v x_m. A third fewer weights for a model that is frozen."""
+        E, gates = self.inner, self.gates
+        W = gates.weight.double().view(-1, 3, E // 4, 4)                    # (2H, 3, E/4, out)
+        parts = torch.einsum("gpno,pnio->pgni", W, self.qkv.double()).reshape(3, -1, E)
+        folded = nn.Linear(2 * E, len(W), device=gates.weight.device, dtype=gates.weight.dtype)
+        folded.weight.data.copy_(torch.cat([parts[0] + parts[1], parts[2]], -1))
+        folded.bias.data.copy_(gates.bias)
+        return folded
+
     def forward(self, x, state=None, final_state=True):
         """x (B, T, D), previous state or None -> y (B, T, D), final state (None if not wanted)."""
         B, T, D = x.shape
@@ -226,8 +253,8 @@ class MLSTMBlock(nn.Module):
         # q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks: one batched product
         stacked = torch.stack([x_c, x_c, x_m]).view(3, B, T, E // 4, 4)
         q, k, v = torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).reshape(3, B, T, E)
-        # i, f = W [q; k; v] + b: one scalar per head and token
-        i, f = self.gates(torch.cat([q, k, v], -1)).transpose(1, 2).chunk(2, dim=1)    # (B, H, T)
+        # i, f: one scalar per head and token
+        i, f = self.gate(q, k, v, x_c, x_m).transpose(1, 2).chunk(2, dim=1)            # (B, H, T)
         h, memory = self.cell(heads(q), heads(k), heads(v), i, f, memory, final_state)
 
         # each head is normalised by itself: y = W_down((norm(h) + skip x_c) * silu(z))

@@ -1326,6 +1326,12 @@ def test_fast_policy_is_the_policy(backbone, weights):
             flatten(fast_state), flatten(state)))
         graphs = compiled["unique_graphs"] if t == 0 else graphs
         assert compiled["unique_graphs"] == graphs
+    # a state that another call has returned meanwhile is copied, not lost
+    fresh = obs, scalar, scalar, 4
+    with torch.no_grad():
+        expected, _ = model.act(*fresh, state=state)
+    fast.act(*fresh)
+    assert relative(fast.act(*fresh, state=fast_state)[0], expected) < bar
     assert fast.compile_seconds > 0
     window = torch.randn(2, 3, 39), *torch.randn(2, 2, 3)
     if weights == "float32":            # not compiled: what Agent's window asks for
@@ -1341,8 +1347,9 @@ def test_fast_policy_refuses(monkeypatch):
     with pytest.raises(ValueError, match="'int4' do not exist; choose float32, bfloat16 or int8"):
         lram.FastPolicy(model, "int4")
     fast = lram.FastPolicy(model)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    fast._step = lambda *args: (fast.model.act(*args)[0] + 1, None)
+    with pytest.raises(ValueError, match="the state has 1 rows, the inputs have .2, 2, 2."):
+        fast.act(torch.randn(2, 39), *torch.zeros(2, 2), 4, state=model.backbone.initial_state(1))
+    monkeypatch.setattr(torch, "compile", lambda step, **options: lambda *args: step(*args) + 1)
     with pytest.raises(RuntimeError, match="off by .* from the plain one"):
         fast.act(torch.randn(1, 39), torch.zeros(1), torch.zeros(1), 4)
 
