@@ -155,7 +155,10 @@ class Backbone(nn.Module):
         fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
         pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)),
                                             new.to(old.dtype), old)
-        return tuple(tuple(map(pick, new, old)) for new, old in zip(fresh, state))
+        # of a cache only `used` restarts: what lies behind it is never seen
+        return tuple((*old[:2], pick(new[2], old[2])) if isinstance(block, GPTBlock) else
+                     tuple(map(pick, new, old))
+                     for block, new, old in zip(self.blocks, fresh, state))
 
 
 class ImpalaCNN(nn.Module):
@@ -497,29 +500,32 @@ class FastPolicy(nn.Module):
     """A copy of a model whose act() is one compiled function: same arguments, same results.
 
     The state that a call returned is updated in place by the next; any other is copied first. Keep
-    a clone of a state that you mean to come back to. For a CPU: torch.compile with the weights frozen into the code and
-    laid out for 3 rows at a time, which plain F.linear is slow at. The first call of each shape
-    compiles for a minute or more (self.compile_seconds); a C++ compiler must be there. Weights are
-    copied: later training of the model is not seen. weights: "float32" (exact to rounding),
-    "bfloat16", "int8" (the blocks' and the head's large matrices; states and sums stay float32).
+    a clone of a state that you mean to come back to. The first call of each shape compiles for a
+    minute or more (self.compile_seconds). Weights are copied: later training of the model is not
+    seen. weights: "float32" (exact to rounding), "bfloat16", "int8" (CPUs alone), for the blocks'
+    and the head's large matrices; states and sums stay float32.
+
+    On a CPU the weights are frozen into the code and laid out for 3 rows at a time, which plain
+    F.linear is slow at; a C++ compiler must be there. On a GPU the step, with the kernels of
+    kernels.py where they can be, is captured as one CUDA graph over fixed memory: all calls of one
+    shape share one state there.
     """
 
     def __init__(self, model, weights="float32"):
         super().__init__()
         if weights not in ("float32", "bfloat16", "int8"):
             raise ValueError(f"weights {weights!r} do not exist; choose float32, bfloat16 or int8")
-        if not shutil.which(os.environ.get("CXX", "g++")):
+        self.device = next(model.parameters()).device
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("the fast path compiles for this CPU and needs g++ (or another C++ "
                              "compiler, named in CXX)")
-        device = next(model.parameters()).device.type
-        if device != "cpu":
-            raise ValueError(f"the fast path is for CPUs, this model is on {device}; leave out "
-                             "--fast, the kernels are used there")
+        if self.device.type == "cuda" and weights == "int8":
+            raise ValueError("int8 weights are for CPUs; choose float32 or bfloat16 on a GPU")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.config, self.weights = model.config, weights
         self.compiled, self.compile_seconds, self.heads = {}, 0.0, nn.ModuleDict()
         self.last = None            # the state that the last call returned
-        use_kernels(self.model, "torch")
+        self.kernels = use_kernels(self.model, "auto" if self.device.type == "cuda" else "torch")
         for block in self.model.backbone.blocks:
             if isinstance(block, MLSTMBlock):
                 block.folded = block.folded_gates().requires_grad_(False)
@@ -542,7 +548,8 @@ class FastPolicy(nn.Module):
     def _head(self, action_dims):
         # a Linear of its own: PyTorch 2.13 compiles a slice of frozen weights as if it began at 0
         rows, whole = head_rows(action_dims), self.model.head
-        head = nn.Linear(whole.in_features, rows.stop - rows.start).requires_grad_(False)
+        head = nn.Linear(whole.in_features, rows.stop - rows.start, device=self.device)
+        head.requires_grad_(False)
         head.weight.copy_(whole.weight[rows])
         head.bias.copy_(whole.bias[rows])
         return self._narrowed(head)
@@ -565,31 +572,36 @@ class FastPolicy(nn.Module):
             copies.append(tuple(part))
         return tuple(copies)
 
-    def _step(self, obs, reward, rtg, action_dims, last_action, state):
-        logits, new = self.model.act(obs, reward, rtg, action_dims, last_action, state)
-        _overwrite(self.model.backbone.blocks, state, new)
+    def _step(self, obs, reward, rtg, action_dims, last_action, state, done):
+        logits, new = self.model.act(obs, reward, rtg, action_dims, last_action, state, done)
+        for block, old_part, new_part in zip(self.model.backbone.blocks, state, new):
+            for old, value in zip(old_part, new_part):
+                # PyTorch 2.13 cannot compile a scan whose state is read and written in one kernel
+                old.copy_(settled(value + 0.0) if isinstance(block, MambaBlock) else value)
         return logits
 
     @torch.no_grad()
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
-        """See LRAM.act; the state is updated in place."""
+        """See LRAM.act; the state that is returned is overwritten by the next call."""
         if state is None:
-            state = self.own_state(self.model.backbone.initial_state(len(reward)))
+            state = self.own_state(
+                self.model.backbone.initial_state(len(reward), self.device))
         elif state is not self.last:
             state = self.own_state(state)
-        self.last = state
-        if done is not None and bool(done.any()):       # rare, and a pass over the whole state
-            _overwrite(self.model.backbone.blocks, state, self.model.backbone.reset(state, done))
+        done = torch.zeros(len(reward), dtype=torch.bool, device=self.device) if done is None \
+            else done
         last_action = last_action if "a" in self.config.tokens else None
-        inputs = [x if x is None else x.contiguous() for x in (obs, reward, rtg, last_action)]
-        key = action_dims, *((x.shape, x.dtype) for x in inputs if x is not None)
-        if any(len(x) != len(state[0][0]) for x in inputs if x is not None):
+        tensors = [x.contiguous() for x in (obs, reward, rtg, done, last_action) if x is not None]
+        if any(len(x) != len(state[0][0]) for x in tensors):
             raise ValueError(f"the state has {len(state[0][0])} rows, the inputs have "
-                             f"{[len(x) for x in inputs if x is not None]}")
-        args = *inputs[:3], action_dims, inputs[3], state
+                             f"{[len(x) for x in tensors]}")
+        key = action_dims, *((x.shape, x.dtype) for x in tensors)
+        obs, reward, rtg, done, *last_action = tensors
+        args = obs, reward, rtg, action_dims, last_action[0] if last_action else None, state, done
         if key not in self.compiled:
             self.compiled[key] = self._compile(*args)
-        return self.compiled[key](*args), state
+        logits, self.last = self.compiled[key](*args)
+        return logits, self.last
 
     def _compile(self, *args):
         """The compiled step for arguments like these, compared with the plain one on them."""
@@ -602,16 +614,14 @@ class FastPolicy(nn.Module):
                         max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
         from torch._inductor import config as inductor
         started, trial = time.perf_counter(), self.own_state(state)
-        with inductor.patch(settings):
+        with inductor.patch(settings if self.device.type == "cpu" else {}):
             # without guards, which cost as much as a tiny model: act() sees to the shapes itself.
             # torch.compile keeps its results with the code object, so each needs a new one
             code = FastPolicy._step.__code__.replace(co_name=f"step_{next(COMPILED)}")
-            step = FunctionType(code, globals()).__get__(self)
-            compiled = torch.compile(
-                step, fullgraph=True, dynamic=False,
-                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
-            logits = compiled(*args[:-1], trial)
-        self.compile_seconds += time.perf_counter() - started
+            step = torch.compile(FunctionType(code, globals()).__get__(self), fullgraph=True,
+                                 dynamic=False, options={
+                                     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+            logits = step(*args[:5], trial, args[6])
         expected, new = self.model.act(*args)           # not compiled
         pairs = [(logits, expected)] + [
             pair for parts in zip(trial, new) for pair in zip(*parts)]
@@ -620,17 +630,40 @@ class FastPolicy(nn.Module):
         if not error < (1e-3 if self.weights == "float32" else 5e-2):
             raise RuntimeError(f"the compiled policy is off by {error:.0e} from the plain one on "
                                f"this machine (PyTorch {torch.__version__}); act without --fast")
-        return compiled
+        run = self._captured(step, args) if self.device.type == "cuda" else \
+            lambda *args: (step(*args), args[5])
+        self.compile_seconds += time.perf_counter() - started
+        return run
+
+    def _captured(self, step, args):
+        """The step as a CUDA graph over memory of its own: one launch for all of it."""
+        static = [x.clone() if torch.is_tensor(x) else x for x in args]
+        static[5] = self.own_state(args[5])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                 # what must not happen while capturing
+            for _ in range(3):
+                step(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(*static)
+
+        def replay(*args):
+            for own, given in zip(static, args):
+                if torch.is_tensor(own):
+                    own.copy_(given)
+            if args[5] is not static[5]:
+                for own, given in zip(static[5], args[5]):
+                    for x, y in zip(own, given):
+                        x.copy_(y)
+            graph.replay()
+            return logits.clone(), static[5]
+        return replay
 
 
 def _folded_gate(folded, q, k, v, x_c, x_m):
     return folded(torch.cat([x_c, x_m], -1))
-
-
-def _overwrite(blocks, state, new):
-    for block, old_part, new_part in zip(blocks, state, new):
-        for old, value in zip(old_part, new_part):
-            old.copy_(settled(value + 0.0) if isinstance(block, MambaBlock) else value)
 
 
 # ---------------------------------------------------------------------- checkpoints, device, check
