@@ -1,15 +1,31 @@
-"""Benchmarks: milliseconds per environment step on this CPU; speed of the kernels on a GPU.
+"""Everything that is measured in milliseconds: acting on this machine, kernels on a GPU.
 
-    python bench.py                                 # acting: every backbone, plain and compiled
-    python bench.py --size 16m --weights int8       # a size of the paper; compiles for minutes
-    python bench.py --kernels                       # every table below, on an NVIDIA GPU
-    python bench.py --kernels --output kernels.json # and the numbers
-    TRITON_INTERPRET=1 python bench.py --kernels --quick    # toy shapes on a CPU: that it runs
+    python bench.py                                 # a step of every backbone, plain and compiled
+    python bench.py --size 16m --threads 2          # a size of the paper; compiles for minutes
+    python bench.py --latency                       # against the context: 50 to 25,600 steps
+    python bench.py --throughput                    # against the batch
+    python bench.py --memory --size 206m            # bytes of state against the context
+    python bench.py --ladder                        # what each trick buys
+    python bench.py --heads                         # 4 to 32 heads at constant width
+    python bench.py --env atari/freeway             # in a simulator, its time included
+    python bench.py --windows                       # the data side against what training takes
+    python bench.py --draw latency.json ladder.json --output speed.png
+    python bench.py --kernels                       # kernels.py beside PyTorch and public kernels
 
-Acting: one environment, random weights and observations, one step is observation in, logits out (3
-tokens), the state carried on; compiled is lram.FastPolicy, compared with the plain model before it
-is timed. The floor is the time to copy weights and state once in this memory. A step misses the
-deadline of a control rate if it takes longer than the period.
+The last line of a measurement is one JSON object; --output writes it to a file too.
+
+Acting: random weights and observations; a step is observation in, action out: one chunk of 3
+tokens through the carried state, and the argmax of the head's logits. "plain" is the model as it
+is trained, "float32", "bfloat16" or "int8" is lram.FastPolicy with its weights so stored, compared
+with the plain one when it compiles. Every row has its own warm-up, which is dropped, then --steps
+steps or --seconds seconds, whichever ends first, back to back; compile time is told apart. A step
+misses the deadline of a control rate if it takes longer than the period. The floor is the time in
+which this memory, at the rate measured first (bytes read and written per second of a large copy),
+can read the weights once and read and write the state once. What other programs did to the cores
+meanwhile is measured and told. gpt acts with a static cache and scaled_dot_product_attention, and
+starts afresh when its C = 50 steps are full. Public peers (xlstm, mambapy, transformers), where
+installed, carry the same weights, and are timed on their backbone alone, after their outputs have
+been compared with ours.
 
 Kernels: every row is timed in the same run, on the same inputs, after its result has been compared
 with the float32 reference; medians after warm-up, caches flushed between runs
@@ -25,11 +41,11 @@ and the rate of a large matrix product. A row's share is (bytes or operations th
 
 Public peers (`pip install --no-deps mlstm-kernels==2.0.6`, mamba-ssm) are measured where installed.
 They take T in multiples of 64 and are given zero-padded inputs where T is none. What refuses a
-shape or fails is named with its reason.
-
-Not included: simulators' own time, batches of environments, GPUs for acting.
+shape or fails is named with its reason. TRITON_INTERPRET=1 python bench.py --kernels --quick runs
+toy shapes on a CPU: it shows that everything runs, not how fast.
 """
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -47,29 +63,61 @@ import torch.nn.functional as F
 import mamba
 import mlstm
 import slstm
+from lram import (BACKBONES, LRAM, SIZES, Backbone, Config, FastPolicy, bin_to_action,
+                  choose_device, count_parameters, state_bytes, use_kernels)
+from mlstm import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RATES = (50, 100, 200)                  # control rates in Hz
 
 
 @dataclass
 class Args:
     """Measure, print, and write what was measured."""
-    size: str = "tiny"
-    """Size of the models that act: tiny, 16m, 48m, 110m, 206m, ..."""
-    backbones: tuple[str, ...] = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
-    """Backbones that act."""
-    weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Storage of the weights of the compiled policy."""
-    steps: int = 500
-    """Environment steps that are timed, after 20 to warm up."""
-    threads: int = 1
-    """Threads of the CPU."""
+    latency: bool = False
+    """Latency and state against the context, batches of 1 and 16."""
+    throughput: bool = False
+    """Environment steps per second against the batch."""
+    memory: bool = False
+    """Bytes of state against the context; nothing is timed."""
+    ladder: bool = False
+    """Token by token, three at once, compiled, FastPolicy, smaller weights; on a GPU kernels."""
+    heads: bool = False
+    """mLSTM with 4 to 32 heads at constant width."""
+    env: str | None = None
+    """Act in this task, for instance atari/freeway, the simulator's time included."""
+    windows: bool = False
+    """Windows per second of the data side beside what training takes."""
     kernels: bool = False
     """Kernels of kernels.py against PyTorch and the public kernels; needs an NVIDIA GPU."""
+    draw: tuple[Path, ...] = ()
+    """Draw what --latency and --ladder wrote with --output, instead of measuring."""
+    size: str = "tiny"
+    """Size of the models that act: tiny, 16m, 48m, 110m, 206m, ..., 206m-half."""
+    backbones: tuple[str, ...] = ()
+    """Backbones that act; by default those that the mode is about."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Storage of the weights of the compiled policy."""
+    batches: tuple[int, ...] = ()
+    """Environments at once; by default those of the mode (--latency: 1 16)."""
+    contexts: tuple[int, ...] = (50, 200, 800, 1600, 6400, 25600)
+    """Contexts in environment steps."""
+    steps: int | None = None
+    """Steps that are timed in a row; 2000, with --env 8192."""
+    seconds: float = 20.0
+    """A row ends after this time even if not all steps are done."""
+    threads: int = 1
+    """Threads of the CPU."""
+    device: str = "cpu"
+    """cpu, cuda or auto."""
+    peers: bool = True
+    """Measure the public packages that are installed, too."""
+    data: Path = Path("datasets")
+    """Data for --windows."""
     quick: bool = False
-    """One toy shape of each kind: shows that everything runs, not how fast it is."""
+    """--kernels: one toy shape of each kind, to see that everything runs."""
     output: Path | None = None
-    """Write the rows as JSON here."""
+    """Write the result as JSON here; with --draw, the picture."""
 
 
 def milliseconds(function, graph=False):
@@ -326,72 +374,8 @@ def kernel_tables(quick):
     return table.rows
 
 
-# ------------------------------------------------------------------------------------------ acting
-def act_times(policy, steps, context):
-    """Milliseconds of every step of one environment; gpt starts afresh when its context is full."""
-    obs, scalar, state, times = torch.randn(steps + 20, 1, 39), torch.ones(1), None, []
-    with torch.no_grad():
-        for t in range(steps + 20):
-            state = None if context and t % context == 0 else state
-            started = time.perf_counter()
-            _, state = policy.act(obs[t], scalar, scalar, 4, state=state)
-            times.append(1e3 * (time.perf_counter() - started))
-    return np.array(times[20:])
-
-
-def latency(args):
-    """The table of acting; its last line is one JSON object."""
-    from lram import LRAM, Config, FastPolicy, count_parameters, state_bytes
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    source, target = torch.empty(2, 2 ** 28, dtype=torch.uint8)
-    copies = []
-    for _ in range(7):
-        started = time.perf_counter()
-        target.copy_(source)
-        copies.append(2 ** 28 / (time.perf_counter() - started))
-    bandwidth = statistics.median(copies)
-    print(f"{platform.processor() or platform.machine()}, {args.threads} of {os.cpu_count()} "
-          f"threads, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}; copies "
-          f"{bandwidth / 1e9:.1f} GB a second; {args.size}, {args.steps} steps")
-    print(f"{'milliseconds per step':<24}{'floor':>8}{'median':>8}{'p95':>8}{'p99':>8}{'max':>8}"
-          f"{'> 20 ms':>9}{'> 10 ms':>9}{'> 5 ms':>9}")
-    rows = []
-    for name in args.backbones:
-        try:
-            model = LRAM(Config(name, args.size)).eval()
-            fast = FastPolicy(model, args.weights)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-        bytes_per_weight = {"float32": 4, "bfloat16": 2, "int8": 1}[args.weights]
-        state = state_bytes(model.backbone.initial_state(1))
-        weights = count_parameters(model.backbone)
-        context = model.config.context if name == "gpt" else 0
-        for label, policy, size in (("plain", model, 4), (args.weights, fast, bytes_per_weight)):
-            times = act_times(policy, args.steps, context)
-            row = dict(backbone=name, policy=label, weight_bytes=weights * size, state_bytes=state,
-                       floor_ms=1e3 * (weights * size + state) / bandwidth,
-                       median_ms=float(np.median(times)), max_ms=float(times.max()),
-                       p95_ms=float(np.percentile(times, 95)),
-                       p99_ms=float(np.percentile(times, 99)),
-                       missed={hz: int((times > 1e3 / hz).sum()) for hz in (50, 100, 200)})
-            rows.append(row)
-            print(f"{name + ', ' + label:<24}{row['floor_ms']:>8.2f}{row['median_ms']:>8.2f}"
-                  f"{row['p95_ms']:>8.2f}{row['p99_ms']:>8.2f}{row['max_ms']:>8.2f}"
-                  + "".join(f"{n:>9}" for n in row["missed"].values()), flush=True)
-        rows[-1]["compile_seconds"] = fast.compile_seconds
-    print(f"compiling took {', '.join(str(round(r['compile_seconds'])) for r in rows[1::2])} s; "
-          f"load at the end {os.getloadavg()[0]:.1f}")
-    print(json.dumps({"size": args.size, "threads": args.threads, "bandwidth": bandwidth,
-                      "rows": rows}))
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=1))
-
-
-def main(args):
-    """See the opening of this file."""
-    if not args.kernels:
-        return latency(args)
+def kernels_main(args):
+    """--kernels."""
     if not (torch.cuda.is_available() or INTERPRETED):
         print("--kernels: no CUDA GPU found, so no kernel's speed can be measured here. What can "
               "be shown without one:\n"
@@ -404,6 +388,548 @@ def main(args):
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1))
         print(f"wrote {args.output}")
+
+
+# ------------------------------------------------------------------------------------- the machine
+def busy_jiffies():
+    """Jiffies of all cores that were not idle since boot; None where Linux does not tell."""
+    try:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]]
+    except OSError:
+        return None
+    return sum(fields) - fields[3] - fields[4]
+
+
+class Machine:
+    """The ceilings of this machine, measured first, and what else ran on it meanwhile."""
+
+    def __init__(self, device, threads):
+        if device.type == "cpu":
+            torch.set_num_threads(threads)
+        self.device, self.threads = device, threads
+        self.name = torch.cuda.get_device_name() if device.type == "cuda" else \
+            f"{cpu_name()}, {threads} of {os.cpu_count()} threads"
+        self.started, self.jiffies, self.own = time.time(), busy_jiffies(), sum(os.times()[:4])
+        source, target = torch.ones(2, 2 ** 28, dtype=torch.uint8, device=device)
+        x, y = torch.randn(2, 2048, 2048, device=device)
+        # bytes read and written per second, operations per second of a float32 matrix product
+        self.bandwidth = 2 ** 29 / self._seconds(lambda: target.copy_(source))
+        self.rate = 2 * 2048 ** 3 / self._seconds(lambda: x @ y)
+
+    def _seconds(self, function):
+        times = []
+        for _ in range(9):
+            self.wait()
+            started = time.perf_counter()
+            function()
+            self.wait()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    def wait(self):
+        """Until the GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def floor(self, name, weight_bytes, state):
+        """Milliseconds in which this memory can read the weights and read and write the state.
+
+        gpt writes no more of its cache than the new tokens.
+        """
+        return 1e3 * (weight_bytes + (1 if name == "gpt" else 2) * state) / self.bandwidth
+
+    def others(self):
+        """Cores that other programs kept busy since the start, None if unknown."""
+        if self.jiffies is None:
+            return None
+        busy = (busy_jiffies() - self.jiffies) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, busy - (sum(os.times()[:4]) - self.own)) / (time.time() - self.started)
+
+    def finish(self, args, rows, title):
+        """Warn of a busy machine; print the result as one line of JSON, write it and its picture.
+        """
+        others = self.others()
+        if others is not None and others > 0.2:
+            print(f"WARNING: other programs kept {others:.1f} cores busy: these times are too long")
+        result = {"mode": title, "size": args.size, "machine": self.name, "threads": self.threads,
+                  "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                  "bandwidth": self.bandwidth, "rate": self.rate, "others": others, "rows": rows}
+        if args.output:
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result))
+
+
+def cpu_name():
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def show_card(machine, args):
+    """What is measured, on what: parameters, bytes, ceilings."""
+    print(f"{machine.name}; torch {torch.__version__}; memory {machine.bandwidth / 1e9:.0f} GB a "
+          f"second read and written, float32 products {machine.rate / 1e9:,.0f} GFLOP a second")
+    print(f"{args.size + ', ' + args.weights:<18}{'parameters':>14}{'weights MB':>12}{'state MB':>10}"
+          f"{'floor ms':>10}   state at 25,600 steps of context")
+    for name in args.backbones:
+        config, long = Config(name, args.size), Config(name, args.size, context=25600)
+        with torch.device("meta"):
+            model = LRAM(config)
+            state, at_length = (state_bytes(Backbone(c).initial_state(1, "meta"))
+                                for c in (config, long))
+        weights = weight_bytes(model, args.weights)
+        print(f"{name:<18}{count_parameters(model):>14,}{weights / 1e6:>12.1f}{state / 1e6:>10.2f}"
+              f"{machine.floor(name, weights, state):>10.2f}   {at_length / 1e6:,.1f} MB")
+
+
+def weight_bytes(model, weights):
+    """Bytes of the weights that one step reads: backbone, and the head of 4 dimensions."""
+    width = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
+    backbone = count_parameters(model.backbone)
+    if model.config.backbone == "gpt":      # of the positions' table it reads a few rows
+        backbone -= model.backbone.blocks[0].embedding.weight.numel()
+    return width * (backbone + 1024 * model.config.dim)
+
+
+# ------------------------------------------------------------------------------------------ acting
+@torch.no_grad()
+def act_times(act, args, batch=1, state=None, between=lambda t, state: state, warm=20):
+    """Milliseconds of every step: observations in, actions (numpy) out.
+
+    act(obs (B, 39), scalar (B,), state) -> logits (B, 4, 256), state. between(t, state) -> state
+    is called before step t and not timed. Ends after args.steps steps or args.seconds seconds.
+    """
+    obs = torch.randn(64, batch, 39, device=args.device)
+    scalar, times = torch.rand(64, batch, device=args.device), []
+    began = time.perf_counter()
+    for t in range(warm + args.steps):
+        state = between(t, state)
+        started = time.perf_counter()
+        logits, state = act(obs[t % 64], scalar[t % 64], state)
+        action = bin_to_action(logits.argmax(-1)).cpu().numpy()
+        times.append(1e3 * (time.perf_counter() - started))
+        if t >= 2 * warm and time.perf_counter() - began > args.seconds:
+            break
+    assert np.isfinite(action).all()
+    return np.array(times[warm:])
+
+
+def restart(context):
+    """`between` of act_times for gpt: a fresh cache every `context` steps; 0: never."""
+    return lambda t, state: None if context and t % context == 0 else state
+
+
+def stepper(policy):
+    """act() of a policy for act_times: reward and return-to-go are the same random number."""
+    return lambda obs, scalar, state: policy.act(obs, scalar, scalar, 4, state=state)
+
+
+def percentiles(times):
+    """Times in ms -> {median_ms, ..., steps, missed: {Hz: steps longer than the period}}."""
+    row = {f"p{p}_ms": float(np.percentile(times, p)) for p in (95, 99, 99.9)}
+    return dict(median_ms=float(np.median(times)), **row, max_ms=float(times.max()),
+                steps=len(times), missed={hz: int((times > 1e3 / hz).sum()) for hz in RATES})
+
+
+def build(name, args, **options):
+    """The model, the same weights for every row, and its fast policy."""
+    torch.manual_seed(0)
+    try:
+        model = LRAM(Config(name, args.size, **options)).to(args.device).eval()
+        return model, FastPolicy(model, args.weights)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def peers(model):
+    """Public packages on the weights of a model: [(name, act)]."""
+    return []
+
+
+def acting(args, machine):
+    """One environment, one step after the other: plain, compiled, public peers."""
+    show_card(machine, args)
+    print(f"\n{'milliseconds per step':<30}{'median':>9}{'p95':>9}{'p99':>9}{'p99.9':>9}{'max':>9}"
+          f"{'of floor':>10}")
+    rows, verdicts = [], []
+    for name in args.backbones:
+        model, fast = build(name, args)
+        context = model.config.context if name == "gpt" else 0
+        state = state_bytes(model.backbone.initial_state(1))
+        forms = {"plain": (stepper(model), "float32"), args.weights: (stepper(fast), args.weights)}
+        for label, act in peers(model):
+            forms[label] = act, "float32"
+        for label, (act, weights) in forms.items():
+            times = act_times(act, args, between=restart(context))
+            floor = machine.floor(name, weight_bytes(model, weights), state)
+            row = dict(backbone=name, form=label, **percentiles(times), floor_ms=floor)
+            rows.append(row)
+            print(f"{name + ', ' + label:<30}{row['median_ms']:>9.2f}{row['p95_ms']:>9.2f}"
+                  f"{row['p99_ms']:>9.2f}{row['p99.9_ms']:>9.2f}{row['max_ms']:>9.2f}"
+                  f"{row['median_ms'] / floor:>10.1f}", flush=True)
+            if label == args.weights:
+                row["compile_seconds"] = fast.compile_seconds
+                verdicts.append(row)
+    print()
+    for row in verdicts:
+        print(f"{row['backbone']}, {row['form']}: " + ", ".join(
+            f"{hz} Hz {missed} of {row['steps']} deadlines missed"
+            for hz, missed in row["missed"].items())
+            + f"; compiled in {row['compile_seconds']:.0f} s")
+    for row in rows:
+        ours = next(r for r in verdicts if r["backbone"] == row["backbone"])
+        if row["form"] not in ("plain", args.weights):
+            print(f"{row['backbone']}: the whole step takes 1/"
+                  f"{row['median_ms'] / ours['median_ms']:.1f} of {row['form']}'s backbone alone")
+    return rows
+
+
+def latency(args, machine):
+    """Milliseconds and bytes of state against context, batches of 1 and 16."""
+    show_card(machine, args)
+    rows = []
+    for batch in args.batches or (1, 16):
+        print(f"\nbatch {batch}: median ms per step (p95), MB of state\n{'context, steps':<16}"
+              + "".join(f"{name:>26}" for name in args.backbones))
+        policies = {}
+        for context in args.contexts:
+            line = f"{context:<16,}"
+            for name in args.backbones:
+                row = dict(backbone=name, batch=batch, context=context)
+                rows.append(row)
+                row.update(latency_at(name, args, batch, context, policies))
+                line += f"{row['failed']:>26}" if "failed" in row else \
+                    (f"{row['median_ms']:>10.2f} ({row['p95_ms']:.2f})".rjust(17)
+                     + f"{row['state_bytes'] / 1e6:>9,.1f}")
+            print(line, flush=True)
+    for name in args.backbones:
+        first, *_, last = [r for r in rows if r["backbone"] == name and "failed" not in r
+                           and r["batch"] == rows[0]["batch"]]
+        print(f"{name}: {last['median_ms'] / first['median_ms']:.2f} times the latency and "
+              f"{last['state_bytes'] / first['state_bytes']:.1f} times the state at "
+              f"{last['context']:,} steps of context as at {first['context']:,}")
+    return rows
+
+
+def latency_at(name, args, batch, context, policies):
+    """One cell of latency: the row's measurements. policies: recurrent ones are compiled once.
+
+    A recurrent state is made by the model itself, which reads `context` random steps in pieces;
+    gpt's cache, made for just this context, is filled with random numbers and one step short of
+    full: every step is timed there.
+    """
+    options = dict(context=context) if name == "gpt" else {}
+    with torch.device("meta"):
+        blocks = Backbone(Config(name, args.size, **options))
+        size = state_bytes(blocks.initial_state(batch, "meta"))
+    if size > free_bytes(args.device) / 3:
+        return dict(failed=f"{size / 1e9:.0f} GB: too large", state_bytes=size)
+    if name == "gpt" or name not in policies:
+        policies.pop(name, None)
+        policies[name] = *build(name, args, **options), None, 0
+    (model, fast, state, done), full = policies[name], 3 * (context - 1)
+    if name == "gpt":
+        state = model.backbone.initial_state(batch, args.device)
+        for part in state:
+            part[-1].fill_(full)
+            for cache in part[:-1]:
+                cache[:, :, :full].normal_()
+    else:
+        with torch.no_grad():
+            for start in range(done, context, 256):         # at batch 1, then spread over the rows
+                steps = min(256, context - start)
+                obs, scalar = torch.randn(1, steps, 39), torch.rand(1, steps)
+                _, state = model(obs.to(args.device), *[scalar.to(args.device)] * 2, 4, state=state)
+        policies[name] = model, fast, state, context
+        state = spread(state, batch)
+    def rewind(t, state):
+        for part in state if name == "gpt" else ():
+            part[-1].fill_(full)
+        return state
+    times = act_times(stepper(fast), args, batch, fast.own_state(state), rewind)
+    return dict(percentiles(times), state_bytes=size)
+
+
+def spread(state, batch):
+    """A state of one row -> the same for `batch` rows."""
+    return tuple(tuple(x.expand(batch, *x.shape[1:]).clone() for x in part) for part in state)
+
+
+def free_bytes(device):
+    """Memory that is still free."""
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else \
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def throughput(args, machine):
+    """Environment steps per second against the batch; gpt with its cache full at each context."""
+    show_card(machine, args)
+    rows, names = [], [f"{name} at {C:,}" if name == "gpt" else name for name in args.backbones
+                       for C in (args.contexts if name == "gpt" else (0,))]
+    print("\nenvironment steps per second (of the floor)\nbatch   "
+          + "".join(f"{name:>22}" for name in names))
+    for batch in args.batches or (1, 8, 32, 96, 128):
+        line = f"{batch:<8}"
+        for name in args.backbones:
+            for context in args.contexts if name == "gpt" else (0,):
+                row = dict(backbone=name, batch=batch, context=context)
+                rows.append(row)
+                # recurrent: one step of context, since its length changes nothing (--latency)
+                row.update(latency_at(name, args, batch, context or 1, {}))
+                if "failed" in row:
+                    line += f"{row['failed']:>22}"
+                    continue
+                row["per_second"] = 1e3 * batch / row["median_ms"]
+                with torch.device("meta"):
+                    weights = weight_bytes(LRAM(Config(name, args.size)), args.weights)
+                # a step must move its bytes, and do 2 operations per weight and token
+                width = {"float32": 4, "bfloat16": 2, "int8": 1}[args.weights]
+                row["floor_ms"] = max(machine.floor(name, weights, row["state_bytes"]),
+                                      1e3 * 6 * batch * weights / width / machine.rate)
+                line += f"{row['per_second']:>14,.0f} ({row['floor_ms'] / row['median_ms']:>4.0%})"
+        print(line, flush=True)
+    return rows
+
+
+def memory(args, machine):
+    """Bytes of the state against context, from the shapes of the tensors alone."""
+    del machine
+    rows = []
+    print(f"{args.size}: MB of state for one environment\n{'context, steps':<16}"
+          + "".join(f"{name:>12}" for name in args.backbones))
+    for context in args.contexts:
+        for name in args.backbones:
+            with torch.device("meta"):
+                size = state_bytes(Backbone(Config(name, args.size, context=context))
+                                   .initial_state(1, "meta"))
+            rows.append(dict(backbone=name, context=context, state_bytes=size))
+        print(f"{context:<16,}" + "".join(
+            f"{r['state_bytes'] / 1e6:>12,.2f}" for r in rows[-len(args.backbones):]))
+    return rows
+
+
+def token_loop(model):
+    """act() that takes the step's three tokens through the backbone one by one."""
+    def act(obs, scalar, state):
+        tokens, y = model.tokens(obs[:, None], scalar[:, None], scalar[:, None])[:, 0], None
+        for t in range(tokens.shape[1]):
+            y, state = model.backbone(tokens[:, t:t + 1], state)
+        return model.readout(y[:, 0], 4).unflatten(-1, (4, 256)), state
+    return act
+
+
+@torch.no_grad()
+def outputs(act, args, batch, steps=8):
+    """Logits of the first steps on the same inputs: what is compared before anything is timed."""
+    generator, state, logits = torch.Generator().manual_seed(1), None, []
+    for obs in torch.randn(steps, batch, 39, generator=generator):
+        out, state = act(obs.to(args.device), obs[:, 0].to(args.device), state)
+        logits.append(out.float().cpu())
+    return torch.stack(logits)
+
+
+def ladder(args, machine):
+    """What each trick buys: one environment, each rung on top of the one before."""
+    show_card(machine, args)
+    rows = []
+    for name, batch in itertools.product(args.backbones, args.batches or (1,)):
+        print(f"\n{name}, batch {batch}: {'median ms':>12}{'p99 ms':>10}{'times':>8}"
+              f"{'difference':>12}")
+        model, fast = build(name, args)
+        context, before = model.config.context if name == "gpt" else 0, None
+        rungs = {"token by token": token_loop(model), "three tokens at once": stepper(model)}
+        if args.device.type == "cuda":
+            twin = build(name, args)[0]
+            if use_kernels(twin, "auto").startswith("triton"):
+                rungs |= {"token by token, kernels": token_loop(twin),
+                          "three at once, kernels": stepper(twin)}
+        compiled = torch.compile(model.act, dynamic=False)
+        rungs["torch.compile"] = lambda obs, scalar, state: compiled(
+            obs, scalar, scalar, 4, None, state)
+        for weights in ("float32", "bfloat16") + ("int8",) * (args.device.type == "cpu"):
+            rungs[f"FastPolicy, {weights}"] = stepper(FastPolicy(model, weights))
+        truth = outputs(rungs["three tokens at once"], args, batch)
+        for label, act in rungs.items():
+            error = relative_error(outputs(act, args, batch), truth)
+            row = dict(backbone=name, batch=batch, rung=label, error=error, **percentiles(
+                act_times(act, args, batch, between=restart(context))))
+            rows.append(row)
+            before = before or row["median_ms"]
+            print(f"  {label:<26}{row['median_ms']:>10.2f}{row['p99_ms']:>10.2f}"
+                  f"{before / row['median_ms']:>8.1f}{error:>12.1e}", flush=True)
+    return rows
+
+def heads(args, machine):
+    """mLSTM with more, smaller heads at constant width: bytes of state, latency, throughput."""
+    show_card(machine, args)
+    rows, counts = [], (4, 8, 16, 32)
+    batches = args.batches or (1, 16)
+    print(f"\n{'heads':<8}{'state MB':>10}{'floor ms':>10}"
+          + "".join(f"{f'batch {b}, ms':>16}{'per second':>12}" for b in batches))
+    for count in counts:
+        line = ""
+        for batch in batches:
+            try:
+                Config("mlstm", args.size, heads=count)
+                with torch.device("meta"):
+                    blocks = Backbone(Config("mlstm", args.size, heads=count))
+            except ValueError as error:
+                line = str(error).split(";")[0]
+                break
+            model, fast = build("mlstm", args, heads=count)
+            size = state_bytes(blocks.initial_state(batch, "meta"))
+            floor = machine.floor("mlstm", weight_bytes(model, args.weights), size)
+            row = dict(heads=count, batch=batch, state_bytes=size, floor_ms=floor,
+                       **percentiles(act_times(stepper(fast), args, batch)))
+            row["per_second"] = 1e3 * batch / row["median_ms"]
+            rows.append(row)
+            line = line or f"{size / 1e6:>10.2f}{floor:>10.2f}"
+            line += f"{row['median_ms']:>16.2f}{row['per_second']:>12,.0f}"
+        print(f"{count:<8}{line}", flush=True)
+    return rows
+
+
+def world(args, machine):
+    """Acting in a simulator, its time included. The state runs on over episodes, the first part is
+    dropped.
+
+    The paper's Freeway episodes have 8,192 steps; with frame-skip 4 a game has 2,048, so four games
+    count as one episode. gpt restarts its cache when it is full, every C = 50 steps.
+    """
+    from eval import make_env
+    show_card(machine, args)
+    rows, env = [], make_env(args.env)
+    image, discrete = len(env.observation_space.shape) == 3, hasattr(env.action_space, "n")
+    dims = 0 if discrete else env.action_space.shape[0]
+    print(f"\n{args.env}, {args.steps} steps after as many that are dropped; ms per step, median"
+          f"\n{'':<18}{'simulator':>10}{'policy':>10}{'p99':>10}{'steps/s':>10}  missed")
+    for name in args.backbones:
+        _, fast = build(name, args)
+        obs, state, reward, times = env.reset(seed=0)[0], None, 0.0, []
+        for t in range(2 * args.steps):
+            if name == "gpt" and t % fast.config.context == 0:
+                state = None
+            started = time.perf_counter()
+            seen = torch.as_tensor(np.asarray(obs))[None]
+            logits, state = fast.act(
+                (seen if image else seen.float()).to(args.device),
+                *torch.full((2, 1), reward, device=args.device), dims, state=state)
+            index = logits[0, :env.action_space.n if discrete else None].argmax(-1).cpu().numpy()
+            action = int(index) if discrete else bin_to_action(index).astype(np.float32)
+            middle = time.perf_counter()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            reward = float(reward)
+            if terminated or truncated:
+                obs, _ = env.reset()
+            times.append((1e3 * (middle - started), 1e3 * (time.perf_counter() - middle)))
+        policy, simulator = np.array(times[args.steps:]).T
+        row = dict(backbone=name, env=args.env, simulator_ms=float(np.median(simulator)),
+                   per_second=1e3 / float(np.mean(policy + simulator)), **percentiles(policy))
+        rows.append(row)
+        print(f"{name + ', ' + args.weights:<18}{row['simulator_ms']:>10.2f}"
+              f"{row['median_ms']:>10.2f}{row['p99_ms']:>10.2f}{row['per_second']:>10,.0f}  "
+              + ", ".join(f"{hz} Hz: {n}" for hz, n in row["missed"].items()), flush=True)
+    env.close()
+    return rows
+
+
+def windows(args, machine):
+    """Windows per second that the data side gives, and that training on this machine takes."""
+    from data import Mixture, task_folders
+    from train import to_tensors
+    tasks = sorted(str(folder.relative_to(args.data)) for folder in task_folders(args.data)) \
+        if args.data.is_dir() else []
+    if not tasks:
+        raise SystemExit(f"{args.data} holds no tasks; make some with: python data.py make")
+    C, B, rows, name = 50, 64, [], args.backbones[0]
+    torch.manual_seed(0)
+    mixture, model = Mixture(args.data, tasks), LRAM(Config(name, args.size)).to(args.device)
+    print(f"{machine.name}; windows of {C} steps per second\n{'domain':<14}{'first pass':>12}"
+          f"{'files open':>12}{'training takes':>16}   ({name}, {args.size}, batch {B})")
+    for domain in mixture.domains:
+        speeds = []
+        for _ in ("first pass", "files open"):
+            started = time.perf_counter()
+            for step in range(8):       # the same windows twice
+                batch = mixture.sample(domain, B, C, 0, step)
+            speeds.append(8 * B / (time.perf_counter() - started))
+        card = next(card for card in mixture.cards.values() if card["domain"] == domain)
+        tensors, seconds = to_tensors(batch, model.config, args.device), []
+        for _ in range(3):
+            started = time.perf_counter()
+            logits, _ = model(*(tensors[key] for key in ("obs", "reward", "rtg")),
+                              card["action"].get("dims", 0), final_state=False)
+            logits.float().logsumexp(-1).mean().backward()
+            machine.wait()
+            seconds.append(time.perf_counter() - started)
+        rows.append(dict(domain=domain, first=speeds[0], open=speeds[1], training=B / min(seconds)))
+        print(f"{domain:<14}" + "".join(f"{x:>{w},.0f}" for x, w in zip(
+            list(rows[-1].values())[1:], (12, 12, 16))), flush=True)
+    return rows
+
+
+def draw(results, path):
+    """A picture of saved results: latency against context, and the ladder."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = [json.loads(file.read_text()) for file in results]
+    shown = [r for r in results if r["mode"] in ("latency", "ladder")]
+    if not shown:
+        raise SystemExit("--draw takes files that --latency --output or --ladder --output wrote")
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 3.8), squeeze=False)
+    for axis, result in zip(axes[0], shown):
+        rows = [r for r in result["rows"] if r["batch"] == 1 and "failed" not in r]
+        title = f"{result['size']}, one environment, {result['machine']}"
+        if result["mode"] == "latency":
+            for name in dict.fromkeys(r["backbone"] for r in rows):
+                line = [(r["context"], r["median_ms"]) for r in rows if r["backbone"] == name]
+                axis.plot(*zip(*line), marker="o", label=name)
+            axis.set(xscale="log", yscale="log", xlabel="context, environment steps",
+                     ylabel="ms per step (median)")
+            axis.legend()
+        else:
+            rows = [r for r in rows if r["backbone"] == rows[0]["backbone"]][::-1]
+            bars = axis.barh([r["rung"] for r in rows], [r["median_ms"] for r in rows])
+            axis.bar_label(bars, fmt=" %.2f")
+            axis.margins(x=0.12)
+            axis.set(xlabel="ms per step (median)")
+            title = f"{rows[0]['backbone']} {title}"
+        axis.set_title(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+MODES = {"latency": latency, "throughput": throughput, "memory": memory, "ladder": ladder,
+         "heads": heads, "env": world, "windows": windows}
+
+
+def main(args):
+    """See the opening of this file."""
+    if args.draw:
+        return draw(args.draw, args.output or Path("speed.png"))
+    if args.kernels:
+        return kernels_main(args)
+    chosen = [mode for mode in MODES if getattr(args, mode)]
+    if len(chosen) > 1:
+        raise SystemExit(f"--{' and --'.join(chosen)}: choose one")
+    mode = chosen[0] if chosen else "acting"
+    args.device, _, _ = choose_device(args.device)
+    args.backbones = args.backbones or {
+        "acting": BACKBONES, "ladder": ("mlstm",), "heads": ("mlstm",), "windows": ("mlstm",),
+    }.get(mode, ("mlstm", "xlstm", "mamba", "gpt"))
+    args.steps = args.steps or (8192 if mode == "env" else 2000)
+    unknown = [name for name in args.backbones if name not in BACKBONES]
+    if unknown or args.size not in SIZES:
+        raise SystemExit(f"backbones are {', '.join(BACKBONES)} and sizes {', '.join(SIZES)}; "
+                         f"given {', '.join(unknown) or args.size}")
+    machine = Machine(args.device, args.threads)
+    machine.finish(args, MODES.get(mode, acting)(args, machine), mode)
 
 
 if __name__ == "__main__":

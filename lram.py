@@ -473,14 +473,15 @@ class NarrowLinear(nn.Module):
 
     def __init__(self, linear, bits):
         super().__init__()
-        weight, self.bits, self.outputs = linear.weight.detach(), bits, linear.out_features
+        weight, self.bits = linear.weight.detach(), bits
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = None if linear.bias is None else linear.bias.detach().clone()
         if bits == 16:
             self.register_buffer("weight", weight.bfloat16())
             self.register_buffer("bias", bias)
             return
         scale = weight.abs().amax(1).clamp_min(1e-12) / 127                     # (out,)
-        zero = torch.zeros(self.outputs, dtype=torch.long)
+        zero = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():         # deprecated for a package that is not PyTorch's own
             warnings.simplefilter("ignore")
             narrow = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
@@ -490,7 +491,7 @@ class NarrowLinear(nn.Module):
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         if self.bits == 8:
-            return int8_linear(x.flatten(0, -2), self.number, self.outputs).unflatten(
+            return int8_linear(x.flatten(0, -2), self.number, self.out_features).unflatten(
                 0, x.shape[:-1])
         y = F.linear(x.bfloat16(), self.weight).to(x.dtype)
         return y if self.bias is None else y + self.bias

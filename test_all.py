@@ -1307,7 +1307,7 @@ def test_rows_of_an_agent_do_not_meet(backbone):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 @pytest.mark.parametrize("backbone,weights", (
     ("mlstm", "float32"), ("mlstm", "int8"), ("xlstm", "float32"), ("mamba", "float32"),
-    ("gpt", "float32")))
+    ("gpt", "bfloat16")))
 def test_fast_policy_is_the_policy(backbone, weights):
     """Compiled against plain over 12 steps, one row reset: logits, states, no second compiling."""
     model = small_model(backbone, layers=1 if backbone in ("mamba", "gpt") else 2)
