@@ -856,12 +856,10 @@ def windows(args, machine):
             for step in range(8):       # the same windows twice
                 batch = mixture.sample(domain, B, C, 0, step)
             speeds.append(8 * B / (time.perf_counter() - started))
-        card = next(card for card in mixture.cards.values() if card["domain"] == domain)
-        tensors, seconds = to_tensors(batch, model.config, args.device), []
+        inputs, seconds = to_tensors(batch, model.config, args.device)[0], []
         for _ in range(3):
             started = time.perf_counter()
-            logits, _ = model(*(tensors[key] for key in ("obs", "reward", "rtg")),
-                              card["action"].get("dims", 0), final_state=False)
+            logits, _ = model(**inputs, final_state=False)
             logits.float().logsumexp(-1).mean().backward()
             machine.wait()
             seconds.append(time.perf_counter() - started)

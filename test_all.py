@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import h5py
@@ -27,6 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import data
 import eval as worlds
 import gpt
@@ -1352,6 +1354,84 @@ def test_fast_policy_refuses(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, **options: lambda *args: step(*args) + 1)
     with pytest.raises(RuntimeError, match="off by .* from the plain one"):
         fast.act(torch.randn(1, 39), torch.zeros(1), torch.zeros(1), 4)
+
+
+def test_memory_of_a_cuda_graph(monkeypatch):
+    """A graph reads and writes fixed memory: every call's inputs and state must get there and back.
+
+    The graph is a stand-in that runs the captured step again, on a CPU.
+    """
+    model, calls = small_model("xlstm"), []
+    fast = lram.FastPolicy(model)
+
+    def step(*args):
+        calls.append((args, fast._step(*args)))
+        return calls[-1][1]
+
+    class Graph:
+        def replay(self):
+            args, logits = calls[-1]
+            logits.copy_(fast._step(*args))
+
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    state, replay = model.backbone.initial_state(2), None
+    fixed = fast.own_state(state)
+    for t in range(8):
+        obs, scalar, done = torch.randn(2, 39), torch.randn(2), torch.tensor([t == 5, False])
+        if t == 3:                  # a state from elsewhere
+            fixed = fast.own_state(state)
+        with torch.no_grad():
+            truth, state = model.act(obs, scalar, scalar, 4, None, state, done)
+            args = obs, scalar, scalar, 4, None, fixed, done
+            replay = replay or fast._captured(step, args)
+            logits, fixed = replay(*args)
+        assert relative(logits, truth) < 1e-5, t
+
+
+# --------------------------------------------------------------------------------- the measurements
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_token_by_token_is_the_same_step(backbone):
+    """The lowest rung of the ladder gives the same logits as three tokens at once."""
+    args = bench.Args(device=torch.device("cpu"))
+    model = small_model(backbone)
+    loop, chunk = (bench.outputs(act, args, 3) for act in (
+        bench.token_loop(model), bench.stepper(model)))
+    assert loop.shape == (8, 3, 4, 256) and relative(loop, chunk) < 1e-5
+
+
+def test_bench_counts_steps_and_deadlines():
+    """Warm-up is dropped, every other step counted once; percentiles and misses of known times."""
+    seen, between = [], []
+
+    def act(obs, scalar, state):
+        seen.append(state)
+        return torch.zeros(1, 4, 256), len(seen)
+    args = bench.Args(device=torch.device("cpu"), steps=30)
+    times = bench.act_times(act, args, between=lambda t, s: between.append(t) or s)
+    assert len(times) == 30 and seen == [None, *range(1, 50)] and between == list(range(50))
+    restarted = []
+    bench.act_times(lambda obs, scalar, state: (restarted.append(state), torch.zeros(1, 4, 256), 1
+                                                )[1:], args, between=bench.restart(20))
+    assert [t for t, state in enumerate(restarted) if state is None] == [0, 20, 40]
+    row = bench.percentiles(np.array([1.0] * 90 + [6.0] * 6 + [11.0] * 3 + [25.0]))
+    assert row["missed"] == {50: 1, 100: 4, 200: 10} and row["max_ms"] == 25
+    assert (row["median_ms"], row["p95_ms"], row["steps"]) == (1, 6, 100)
+
+
+def test_bench_knows_the_bytes():
+    """Bytes of state and weights against the formulas of the papers' blocks."""
+    args = bench.Args(size="16m", backbones=lram.BACKBONES, contexts=(50, 1600))
+    rows = {(r["backbone"], r["context"]): r["state_bytes"] for r in bench.memory(args, None)}
+    D, E, L = 512, 1024, 8
+    for C in (50, 1600):
+        assert rows["mlstm", C] == L * 4 * (E * E // 4 + E + 4 + 3 * E)
+        assert rows["mamba", C] == L * 4 * (16 * E + 3 * E)
+        assert rows["gpt", C] == 4 * (2 * 3 * C * D * 4 + 8) + 8
+    with torch.device("meta"):
+        model = lram.LRAM(lram.Config("mlstm", "16m"))
+    assert bench.weight_bytes(model, "bfloat16") == 2 * (12939840 + 1024 * D)
 
 
 def test_decoding():
