@@ -25,7 +25,10 @@ can read the weights once and read and write the state once. What other programs
 meanwhile is measured and told. gpt acts with a static cache and scaled_dot_product_attention, and
 starts afresh when its C = 50 steps are full. Public peers (xlstm, mambapy, transformers), where
 installed, carry the same weights, and are timed on their backbone alone, after their outputs have
-been compared with ours.
+been compared with ours:
+
+    pip install --no-deps xlstm==2.0.6 mlstm-kernels==2.0.6 mambapy==1.2.0
+    pip install einops omegaconf dacite transformers==5.23.0
 
 Kernels: every row is timed in the same run, on the same inputs, after its result has been compared
 with the float32 reference; medians after warm-up, caches flushed between runs
@@ -53,6 +56,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -110,8 +114,8 @@ class Args:
     """Threads of the CPU."""
     device: str = "cpu"
     """cpu, cuda or auto."""
-    peers: bool = True
-    """Measure the public packages that are installed, too."""
+    peers: Literal["no", "yes", "compiled"] = "yes"
+    """Measure the public packages that are installed, too; compiled: also compiled as ours are."""
     data: Path = Path("datasets")
     """Data for --windows."""
     quick: bool = False
@@ -494,6 +498,218 @@ def weight_bytes(model, weights):
     return width * (backbone + 1024 * model.config.dim)
 
 
+# ------------------------------------------------------------------------------------- public peers
+# Each takes an LRAM on the CPU and returns (name with version, step), or None where the package is
+# missing. step(x, state): the tokens of one environment step, x (1, T, D) float32, and the state
+# before (None: fresh) -> y (1, T, D) and the state after; the state that is given is used up. The
+# weights are the model's own. compiled: as lram.FastPolicy is, which takes a minute or two.
+def peers(model, args):
+    """Public packages on the weights of a model, compared with it: [(label, act)]."""
+    found = []
+    make = {"gpt": peer_gpt, "mamba": peer_mamba}.get(model.config.backbone, peer_xlstm)
+    for compiled in {"no": (), "yes": (False,), "compiled": (False, True)}[args.peers]:
+        if args.device.type != "cpu":
+            continue
+        try:
+            name, step = make(model, compiled) or (None, None)
+        except Exception as error:      # another version, or one that cannot be compiled
+            print(f"{make.__name__}: {type(error).__name__}: {str(error).strip()[:90]}")
+            continue
+        if step is None:
+            continue
+        state = own = None
+        with torch.no_grad():
+            for x in torch.randn(8, 1, 3, model.config.dim):
+                (y, state), (truth, own) = step(x, state), model.backbone(x, own)
+                error = relative_error(y, truth)
+                if not error < 1e-4:
+                    raise SystemExit(f"{name} is off by {error:.0e}: not the same computation")
+        x = torch.randn(1, 3, model.config.dim)
+        found.append((name, lambda obs, scalar, state, step=step, x=x: step(x, state)))
+    return found
+
+
+def peer_xlstm(model, compiled=False):
+    """The public xlstm package, backbones mlstm, xlstm and slstm. See the opening.
+
+    Its step takes one token, and only "vanilla" of its sLSTM backends runs on a CPU.
+    """
+    if optional("xlstm", "xLSTMBlockStack") is None:
+        return None
+    import xlstm
+    config = model.config
+    stack = xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(
+        mlstm_block=xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(
+            conv1d_kernel_size=4, qkv_proj_blocksize=4, proj_factor=2.0, num_heads=config.heads)),
+        slstm_block=xlstm.sLSTMBlockConfig(
+            slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=config.heads,
+                                         conv1d_kernel_size=4),
+            feedforward=xlstm.FeedForwardConfig(proj_factor=1.3, act_fn="gelu")),
+        context_length=config.max_tokens, num_blocks=config.layers, embedding_dim=config.dim,
+        slstm_at=list(config.slstm_at)))
+    load_weights(stack, to_public_xlstm(model.backbone))
+    for layer in config.slstm_at if compiled else ():
+        stack.blocks[layer].xlstm.slstm_cell.pointwise = branchless_slstm
+
+    def step(x, state):
+        y = []
+        for t in range(x.shape[1]):
+            out, state = stack.step(x[:, t:t + 1], state)               # (B, 1, D)
+            y.append(out)
+        return torch.cat(y, dim=1), state
+    return peer("xlstm", step, model, compiled)
+
+
+def branchless_slstm(Wx, Ry, b, states, constants):
+    """The sLSTM cell, in the place of the public package's own, which torch.compile gives up at: it
+    asks `if` n is 0. Gates Wx, Ry (B, 4 D), b (4 D), states (4, B, D) -> states, gates (4, B, D).
+    """
+    i, f, z, o = (Wx + Ry + b).unflatten(-1, (4, -1)).unbind(1)         # (B, D) each
+    _, c, n, m = states
+    kept = F.logsigmoid(f) + m
+    m = torch.where(n == 0, i, torch.maximum(i, kept))
+    i, f, z, o = torch.exp(i - m), torch.exp(kept - m), torch.tanh(z), torch.sigmoid(o)
+    c, n = f * c + i * z, f * n + i
+    return torch.stack([o * c / n, c, n, m]), torch.stack([i, f, z, o])
+
+
+def to_public_xlstm(backbone):
+    """Our weights under the public package's names. Its igate and fgate are swapped in sLSTM, and
+    the weight of its last norm is counted from 1.
+    """
+    out = {"post_blocks_norm.weight": backbone.norm.weight - 1}
+    for layer, block in enumerate(backbone.blocks):
+        put = lambda name, weight: out.update({f"blocks.{layer}.{name}": weight})
+        put("xlstm_norm.weight", block.norm)
+        put("xlstm.conv1d.conv.weight", block.conv_weight)
+        put("xlstm.conv1d.conv.bias", block.conv_bias)
+        if hasattr(block, "R"):                                         # sLSTM
+            for gate, W in zip("fizo", block.W):                        # (H, dh, dh) each
+                put(f"xlstm.{gate}gate.weight", W)
+            R = block.R.transpose(0, 1).flatten(1, 2)                   # (H, 4 dh, dh)
+            put("xlstm.slstm_cell._recurrent_kernel_", R)
+            put("xlstm.slstm_cell._bias_", block.bias.flatten())
+            put("xlstm.group_norm.weight", block.head_norm)
+            put("ffn_norm.weight", block.mlp_norm)
+            put("ffn.proj_up.weight", block.mlp_up.weight)
+            put("ffn.proj_down.weight", block.mlp_down.weight)
+            continue
+        for letter, W in zip("qkv", block.qkv.transpose(-1, -2)):       # (E/4, out, in) each
+            put(f"xlstm.{letter}_proj.weight", W)
+        for gate, W, b in zip("if", block.gates.weight.chunk(2), block.gates.bias.chunk(2)):
+            put(f"xlstm.mlstm_cell.{gate}gate.weight", W)
+            put(f"xlstm.mlstm_cell.{gate}gate.bias", b)
+        put("xlstm.proj_up.weight", block.up.weight)
+        put("xlstm.mlstm_cell.outnorm.weight", block.head_norm)
+        put("xlstm.learnable_skip", block.skip)
+        put("xlstm.proj_down.weight", block.down.weight)
+    return out
+
+
+def peer_mamba(model, compiled=False):
+    """mambapy, backbone mamba. Its step takes one token; the final norm it lacks is added. See the
+    opening.
+    """
+    if optional("mambapy.mamba", "Mamba") is None:
+        return None
+    from mambapy.mamba import Mamba, MambaConfig
+    config, weights = model.config, model.backbone.state_dict()
+    stack = Mamba(MambaConfig(d_model=config.dim, n_layers=config.layers, rms_norm_eps=1e-5))
+    names = {
+        "norm.weight": "norm", "mixer.in_proj.weight": "up.weight",
+        "mixer.conv1d.weight": "conv_weight", "mixer.conv1d.bias": "conv_bias",
+        "mixer.x_proj.weight": "select.weight", "mixer.dt_proj.weight": "dt.weight",
+        "mixer.dt_proj.bias": "dt.bias", "mixer.A_log": "A_log", "mixer.D": "D",
+        "mixer.out_proj.weight": "down.weight"}
+    load_weights(stack, {f"layers.{layer}.{theirs}": weights[f"blocks.{layer}.{ours}"]
+                         for layer in range(config.layers) for theirs, ours in names.items()})
+    norm = weights["norm.weight"].clone()                               # (D,)
+
+    def step(x, state):
+        if state is None:
+            state = [(None, x.new_zeros(len(x), 2 * config.dim, 3)) for _ in stack.layers]
+        y = []
+        for t in range(x.shape[1]):
+            out, state = stack.step(x[:, t], state)                     # (B, D)
+            y.append(out)
+        return F.rms_norm(torch.stack(y, dim=1), norm.shape, norm, eps=1e-5), state
+    return peer("mambapy", step, model, compiled)
+
+
+def peer_gpt(model, compiled=False):
+    """Hugging Face's GPT-2, backbone gpt: all tokens in one call, and a static cache.
+
+    One sequence at a time: the cache belongs to the step, and state None empties it. It holds
+    config.max_tokens; more are an IndexError or RuntimeError. See the opening.
+    """
+    if optional("transformers", "GPT2Model") is None:
+        return None
+    from transformers import GPT2Config, GPT2Model, StaticCache
+    config = model.config
+    gpt2 = GPT2Model(GPT2Config(
+        vocab_size=1, n_positions=config.max_tokens, n_embd=config.dim, n_layer=config.layers,
+        n_head=config.heads, activation_function="gelu", bos_token_id=None, eos_token_id=None,
+        attn_implementation="eager" if compiled else "sdpa"))           # measured: the faster one
+    load_weights(gpt2, to_public_gpt(model.backbone) | {"wte.weight": gpt2.wte.weight})
+    cache = StaticCache(config=gpt2.config, max_cache_len=config.max_tokens)
+    cache.early_initialization(1, config.heads, config.dim // config.heads, torch.float32, "cpu")
+
+    def step(x, state):
+        if state is None:
+            cache.reset()
+        y = gpt2(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state
+        return y, cache
+    return peer("transformers", step, model, compiled)
+
+
+def to_public_gpt(backbone):
+    """Our weights under Hugging Face's names; its layers hold matrices (in, out)."""
+    position, *blocks = backbone.blocks
+    out = {"wpe.weight": position.embedding.weight, "ln_f.weight": backbone.norm.weight,
+           "ln_f.bias": backbone.norm.bias}
+    names = {"ln_1": "norm", "attn.c_attn": "qkv", "attn.c_proj": "out", "ln_2": "mlp_norm",
+             "mlp.c_fc": "mlp_up", "mlp.c_proj": "mlp_down"}
+    for layer, block in enumerate(blocks):
+        for theirs, ours in names.items():
+            weight, bias = getattr(block, ours).weight, getattr(block, ours).bias
+            out[f"h.{layer}.{theirs}.weight"] = weight.T if weight.dim() == 2 else weight
+            out[f"h.{layer}.{theirs}.bias"] = bias
+    return out
+
+
+def load_weights(module, weights):
+    """Copies all weights of a peer, none missing and none left over; it is ready to act then."""
+    module.load_state_dict({name: weight.detach() for name, weight in weights.items()})
+    module.eval().requires_grad_(False)
+
+
+def peer(package, step, model, compiled):
+    """(name with version, step), for a step(x, state) as it is, or compiled and called twice.
+
+    The first step of a sequence, which makes the state, is never compiled: acting repeats the rest.
+    """
+    name = f"{package} {version(package)}"
+    if not compiled:
+        return name, torch.no_grad()(step)
+    # every setting as in lram.FastPolicy: see there
+    settings = dict(freezing=True, max_autotune=True, inplace_buffers=False, cpp_wrapper=True,
+                    max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
+    from torch._inductor import config as inductor
+    # without guards, torch.compile would reuse what it made of the same code for another model
+    step.__code__ = step.__code__.replace()
+    fast = torch.compile(step, fullgraph=True, dynamic=False, options={
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+
+    @torch.no_grad()            # around fast, not in it: nothing is frozen where gradients are on
+    def run(x, state):
+        return (step if state is None else fast)(x, state)
+    state = None
+    with inductor.patch(settings):
+        for x in torch.randn(3, 1, len(model.config.tokens), model.config.dim):
+            _, state = run(x, state)
+    return f"{name}, compiled", run
+
+
 # ------------------------------------------------------------------------------------------ acting
 @torch.no_grad()
 def act_times(act, args, batch=1, state=None, between=lambda t, state: state, warm=20):
@@ -504,14 +720,14 @@ def act_times(act, args, batch=1, state=None, between=lambda t, state: state, wa
     """
     obs = torch.randn(64, batch, 39, device=args.device)
     scalar, times = torch.rand(64, batch, device=args.device), []
-    began = time.perf_counter()
     for t in range(warm + args.steps):
         state = between(t, state)
         started = time.perf_counter()
+        began = started if t <= warm else began
         logits, state = act(obs[t % 64], scalar[t % 64], state)
         action = bin_to_action(logits.argmax(-1)).cpu().numpy()
         times.append(1e3 * (time.perf_counter() - started))
-        if t >= 2 * warm and time.perf_counter() - began > args.seconds:
+        if len(times) >= 2 * warm and time.perf_counter() - began > args.seconds:
             break
     assert np.isfinite(action).all()
     return np.array(times[warm:])
@@ -544,11 +760,6 @@ def build(name, args, **options):
         raise SystemExit(str(error)) from None
 
 
-def peers(model):
-    """Public packages on the weights of a model: [(name, act)]."""
-    return []
-
-
 def acting(args, machine):
     """One environment, one step after the other: plain, compiled, public peers."""
     show_card(machine, args)
@@ -560,7 +771,7 @@ def acting(args, machine):
         context = model.config.context if name == "gpt" else 0
         state = state_bytes(model.backbone.initial_state(1))
         forms = {"plain": (stepper(model), "float32"), args.weights: (stepper(fast), args.weights)}
-        for label, act in peers(model):
+        for label, act in peers(model, args):
             forms[label] = act, "float32"
         for label, (act, weights) in forms.items():
             times = act_times(act, args, between=restart(context))

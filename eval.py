@@ -4,6 +4,7 @@ checkpoint.
     python eval.py --checkpoint runs/mlstm/checkpoint.pt     # needs nothing but the checkpoint
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --video reach.gif
     python eval.py --checkpoint ... --fast                   # acts through the compiled policy
+    python eval.py --checkpoint ... --tasks metaworld/reach-v3 --export reach.pt2   # for a robot
     python eval.py --compare runs/*/scores.json --output scores.png
     python eval.py --list                                    # every task, and what is missing
 
@@ -34,6 +35,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -699,11 +701,13 @@ class _FrameGrabber(gym.Wrapper):
         return self.env.step(action)
 
 
-def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
-    """Play an episode with the plain model, the fast policy beside it; print how they differ."""
-    from lram import Agent
-    agents, logits, same, times = (Agent(model, card, seed=seed), Agent(fast, card, seed=seed)), \
-        [], [], []
+def side_by_side(agents, task, seed):
+    """Play an episode with the first of two agents, the second beside it.
+
+    Returns their logits (steps, classes) each, the share of equal actions and the median
+    milliseconds of each.
+    """
+    logits, same, times = [], [], []
 
     def policy(envs):
         for agent in agents:
@@ -721,12 +725,77 @@ def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
             return action
         return act
     list(rollout(partial(make_env, task), policy, [seed], num_envs=1, keep_states=False))
-    plain, compiled = (np.stack(x) for x in zip(*logits))
-    plain_ms, fast_ms = 1e3 * np.median(times[5:], axis=0)
+    return *(np.stack(x) for x in zip(*logits)), np.mean(same), 1e3 * np.median(times[5:], axis=0)
+
+
+def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
+    """Play an episode with the plain model, the fast policy beside it; print how they differ."""
+    from lram import Agent
+    agents = Agent(model, card, seed=seed), Agent(fast, card, seed=seed)
+    plain, compiled, same, (plain_ms, fast_ms) = side_by_side(agents, task, seed)
     print(f"fast path, {fast.weights}: compiled in {fast.compile_seconds:.0f} s; over an episode "
-          f"of {task} ({len(same)} steps) logits within {np.abs(plain - compiled).max():.1e}, "
-          f"actions agree {100 * np.mean(same):.1f} %; {plain_ms:.2f} -> {fast_ms:.2f} ms a step "
+          f"of {task} ({len(plain)} steps) logits within {np.abs(plain - compiled).max():.1e}, "
+          f"actions agree {100 * same:.1f} %; {plain_ms:.2f} -> {fast_ms:.2f} ms a step "
           "(median)")
+
+
+class _Exported:
+    """A file of lram.export_policy in the place of an Agent, loaded as a robot would load it."""
+
+    def __init__(self, path, compiled):
+        import torch
+        if compiled:
+            self.policy = torch._inductor.aoti_load_package(str(path))
+            text = self.policy.get_metadata()["policy.json"]
+        else:
+            files = {"policy.json": ""}
+            self.policy = torch.export.load(path, extra_files=files).module()
+            text = files["policy.json"]
+        self.start = [torch.full(shape, float(value), dtype=getattr(torch, dtype))
+                      for shape, dtype, value in json.loads(text)["start"]]
+
+    def begin(self, batch_size):
+        self.state = self.start
+
+    def act(self, obs, reward, done):
+        import torch
+        reward = torch.tensor(reward, dtype=torch.float32)
+        action, self.logits, self.state = self.policy(torch.from_numpy(obs), reward, self.state)
+        return action.numpy()
+
+
+def export(model, cards, path, compiled, seed=EVALUATION_SEED, **agent_options):
+    """Writes the policy of one task (lram.export_policy), once it has passed its check.
+
+    The file is loaded again and acts through an episode beside the plain policy. SystemExit, and no
+    file, where logits differ by more than 1e-5 of the largest (1e-4 compiled) or actions do.
+    """
+    from lram import Agent, export_policy
+    if len(cards) != 1 or path.suffix != ".pt2":
+        raise SystemExit("--export writes one task's policy to a file named .pt2; for example: "
+                         f"--tasks {next(iter(cards))} --export policy.pt2")
+    (task, card), = cards.items()
+    agent, started = Agent(model, card, seed=seed, **agent_options), time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        try:
+            export_policy(agent, draft, compiled)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        seconds = time.perf_counter() - started
+        plain, ours, same, (plain_ms, our_ms) = side_by_side(
+            (agent, _Exported(draft, compiled)), task, seed)
+        plain = plain[:, :ours.shape[1]]        # of 18 discrete actions the task's own
+        error = np.abs(ours - plain).max() / np.abs(plain).max()
+        found = (f"over an episode of {task} ({len(plain)} steps) logits within {error:.0e} of the "
+                 f"plain policy's largest, actions agree {100 * same:.1f} %")
+        if not (error < (1e-4 if compiled else 1e-5) and same > 0.99):  # a tie may fall either way
+            raise SystemExit(f"the exported policy is not the plain one: {found}; nothing written")
+        os.replace(draft, path)
+    print(f"wrote {path}: {'compiled for this CPU' if compiled else 'portable'}, "
+          f"{path.stat().st_size / 1e6:.1f} MB in {seconds:.0f} s; loaded again, {found}; "
+          f"{plain_ms:.2f} -> {our_ms:.2f} ms a step (median)")
 
 
 def record_video(agent, task, path, seed=EVALUATION_SEED):
@@ -769,6 +838,8 @@ class Args:
     """Act through the compiled policy (CPU; compiles first), one environment at a time."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
     """Storage of the weights with --fast; what it costs in agreement is printed."""
+    export: Path | None = None
+    """Write one task's policy (.pt2) for a control loop, check it and stop; --fast: compiled."""
     output: Path | None = None
     """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
@@ -871,7 +942,7 @@ def main(args):
         )
     from lram import (Agent, choose_device, count_parameters, load_checkpoint,
                       model_from_checkpoint, use_kernels)
-    device, _, reason = choose_device(args.device)
+    device, _, reason = choose_device("cpu" if args.export else args.device)
     payload = load_checkpoint(args.checkpoint, device)
     model = model_from_checkpoint(payload, device)
     cards = choose_cards(payload["cards"], args.tasks)
@@ -884,6 +955,13 @@ def main(args):
         f"{count_parameters(model):,} parameters, step {payload.get('step', '?')}; "
         f"device {reason}; kernels {kernels}"
     )
+    options = dict(
+        context=args.context, temperature=args.temperature, target_return=args.target_return
+    )
+    if args.export and args.weights != "float32":
+        raise SystemExit("--export writes float32 weights; leave out --weights")
+    if args.export:
+        return export(model, cards, args.export, args.fast, args.seed, **options)
     num_envs, processes = args.num_envs, args.processes
     if args.fast:
         from lram import FastPolicy
@@ -894,9 +972,6 @@ def main(args):
         task = next(iter(cards))
         check_fast(model, fast, task, cards[task], args.seed)
         model, num_envs, processes = fast, 1, 1
-    options = dict(
-        context=args.context, temperature=args.temperature, target_return=args.target_return
-    )
     if args.video:
         task = next(iter(cards))
         return record_video(

@@ -22,12 +22,13 @@ Glossary (the same letters in every file of this project)
     card       what is known of a task (task.json): reward scale, target return, action spec,
                statistics, scores
 
-Not included: compiled acting on a GPU, export.
+Not included: export for a GPU.
 """
 import copy
 import dataclasses
 import importlib.util
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -397,17 +398,9 @@ class Agent:
         return logits
 
     def _stagger(self, obs, reward, rtg, last, done):
-        # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later;
-        # a row's age is its context
-        C, step = self.config.context, torch.as_tensor(self.step, device=self.device)
-        age = torch.stack([step % C,
-                           torch.where(step < C // 2, step, (step - C // 2) % C)])      # (2, B)
-        twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
-        logits, self.state = self.model.act(*twice, self.action_dims, torch.cat([last, last]),
-                                            self.state, (age == 0).flatten())
-        first, second = logits.chunk(2)
-        older = (age[0] >= age[1]).view(-1, *[1] * (first.dim() - 1))
-        return torch.where(older, first, second)
+        logits, self.state = stagger(self.model, torch.as_tensor(self.step, device=self.device),
+                                     obs, reward, rtg, self.action_dims, last, self.state)
+        return logits
 
     def _window(self, obs, reward, rtg, last, done):
         # each row's last C steps, from the left; right of the newest nothing is seen (causality)
@@ -441,6 +434,125 @@ class Agent:
             index = logits.argmax(-1)
         index = index.cpu().numpy()
         return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
+
+
+def stagger(model, step, obs, reward, rtg, action_dims, last_action, state):
+    """One step of B environments with two states each, restarted in turn; the older one acts.
+
+    step (B,): steps since each episode began; the others as in LRAM.act, state with 2B rows.
+    Returns the logits of B rows and the new state.
+    """
+    # rows 0..B-1 restart at steps 0, C, 2C, ...; rows B..2B-1 half a window later;
+    # a row's age is its context
+    C = model.config.context
+    age = torch.stack([step % C, torch.where(step < C // 2, step, (step - C // 2) % C)])  # (2, B)
+    twice = [torch.cat([x, x]) for x in (obs, reward, rtg)]
+    logits, state = model.act(*twice, action_dims, torch.cat([last_action, last_action]), state,
+                              (age == 0).flatten())
+    first, second = logits.chunk(2)
+    older = (age[0] >= age[1]).view(-1, *[1] * (first.dim() - 1))
+    return torch.where(older, first, second), state
+
+
+def check_compiler():
+    """ValueError where there is no C++ compiler."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("the fast path compiles for this CPU and needs g++ (or another C++ "
+                         "compiler, named in CXX)")
+
+
+# ------------------------------------------------------------------------------------------ export
+class Controller(nn.Module):
+    """What a control loop calls: action, logits, state = controller(obs, reward, state).
+
+    An Agent's greedy policy as a function of tensors, for one environment of its task. obs (1, S)
+    float32 or (1, 1, 64, 64) uint8, as the world gives it; reward (1,) float32, raw, of the step
+    before (0 at first). Returns the action, float32 (1, A) or int64 (1,), the logits (1, A, 256) or
+    (1, n), and the new state; `start` is the state in which an episode begins. A state is a list:
+    return-to-go over the reward scale (1,), steps so far (1,), the last action's rows (1, A), then
+    the backbone's tensors.
+    """
+
+    def __init__(self, agent):
+        super().__init__()
+        full = agent.config.backbone == "gpt" and agent.context == "carry"      # after C steps
+        if full or agent.context == "window" or agent.temperature > 0:
+            raise ValueError("an exported policy acts greedily, through a state of constant size; "
+                             "leave out --temperature and --context "
+                             f"{'carry' if full else 'window'}")
+        self.card, self.action_dims, self.scale = agent.card, agent.action_dims, agent.scale
+        self.staggered, self.standardise = agent.context == "stagger", agent.config.standardise
+        self.model = copy.deepcopy(agent.model).cpu().requires_grad_(False)
+        use_kernels(self.model, "torch")
+        # what this task needs and no more; its rows of the head are a Linear of their own, which
+        # the compiler lays out for few tokens
+        rows = head_rows(self.action_dims)
+        rows = rows if self.action_dims else slice(0, self.card["action"]["n"])
+        whole, head = self.model.head, nn.Linear(agent.config.dim, rows.stop - rows.start)
+        head.requires_grad_(False).weight.copy_(whole.weight[rows])
+        head.bias.copy_(whole.bias[rows])
+        self.model.head, self.model.readout = head, lambda y, action_dims: head(y)
+        image = self.card["observation"]["kind"] == "image"
+        setattr(self.model, "encode_state" if image else "encode_image", None)
+        if self.standardise:
+            self.register_buffer("mean", torch.tensor(self.card["state_mean"]))
+            self.register_buffer("std", torch.tensor(self.card["state_std"]))
+        fresh = self.model.backbone.initial_state(1 + self.staggered)
+        self.parts = [len(part) for part in fresh]
+        self.start = [torch.full((1,), float(agent.target)), torch.zeros(1, dtype=torch.long),
+                      torch.full((1, max(self.action_dims, 1)), -1)]
+        self.start += [x.clone() for part in fresh for x in part]
+
+    def forward(self, obs, reward, state):
+        """See the class."""
+        rtg, step, last, *rest = state
+        rest = iter(rest)
+        memory = tuple(tuple(itertools.islice(rest, n)) for n in self.parts)
+        reward = (reward.clamp(-1, 1) if self.card["clip_rewards"] else reward) / self.scale
+        rtg = rtg.clone() if self.card["constant_rtg"] else rtg - reward
+        obs = (obs.float() - self.mean) / self.std if self.standardise else obs
+        inputs = obs, reward, rtg, self.action_dims, last, memory
+        logits, memory = stagger(self.model, step, *inputs) if self.staggered else \
+            self.model.act(*inputs)
+        action = row = logits.argmax(-1)                                # (1, A) or (1,)
+        if self.action_dims:
+            action = bin_to_action(row)
+            row = MAX_DISCRETE + BINS * torch.arange(self.action_dims) + row
+        # as contiguous as `start`: compiled code reads its inputs without a look at their strides
+        new = [rtg, step + 1, row.view(1, -1), *(x for part in memory for x in part)]
+        return action, logits, [x.clone(memory_format=torch.contiguous_format) for x in new]
+
+
+def export_policy(agent, path, compiled=False):
+    """Writes an Agent's policy, one step with explicit state, as a file that needs only PyTorch.
+
+    compiled False: torch.export; for torch.export.load, wherever this PyTorch runs. True: machine
+    code for CPUs like this one, with its number of threads; for torch._inductor.aoti_load_package.
+    Nothing in either is pickled. Its "policy.json" tells the task, the action and the state in
+    which an episode begins, a list of [shape, dtype, value of all elements]. See Controller.
+    """
+    controller, card = Controller(agent), agent.card
+    text = json.dumps({
+        **{key: card[key] for key in ("task", "observation", "action", "reward_scale")},
+        "target_return": float(agent.target) * agent.scale, "context": agent.context,
+        "torch": torch.__version__, "threads": torch.get_num_threads() if compiled else None,
+        "start": [[list(x.shape), str(x.dtype)[6:], str(x.flatten()[0].item())]
+                  for x in controller.start]})
+    image = card["observation"]["kind"] == "image"
+    obs = torch.zeros(1, *card["observation"]["shape"], dtype=torch.uint8 if image else torch.float)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # PyTorch's, about itself
+        program = torch.export.export(controller, (obs, torch.zeros(1), controller.start))
+        if not compiled:
+            program.example_inputs = None       # as large as the state, and would be pickled
+            torch.export.save(program, path, extra_files={"policy.json": text})
+            return
+        check_compiler()
+        # PyTorch 2.13: in-place buffers give wrong numbers where C is returned
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
+            "freezing": True, "max_autotune": True, "inplace_buffers": False,
+            "max_autotune_report_choices_stats": False, "autotune_num_choices_displayed": 0,
+            "aot_inductor.metadata": {"policy.json": text}})
 
 
 # ----------------------------------------------------------------------------------- the fast path
@@ -517,9 +629,8 @@ class FastPolicy(nn.Module):
         if weights not in ("float32", "bfloat16", "int8"):
             raise ValueError(f"weights {weights!r} do not exist; choose float32, bfloat16 or int8")
         self.device = next(model.parameters()).device
-        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("the fast path compiles for this CPU and needs g++ (or another C++ "
-                             "compiler, named in CXX)")
+        if self.device.type == "cpu":
+            check_compiler()
         if self.device.type == "cuda" and weights == "int8":
             raise ValueError("int8 weights are for CPUs; choose float32 or bfloat16 on a GPU")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
