@@ -476,8 +476,8 @@ def show_card(machine, args):
     """What is measured, on what: parameters, bytes, ceilings."""
     print(f"{machine.name}; torch {torch.__version__}; memory {machine.bandwidth / 1e9:.0f} GB a "
           f"second read and written, float32 products {machine.rate / 1e9:,.0f} GFLOP a second")
-    print(f"{args.size + ', ' + args.weights:<18}{'parameters':>14}{'weights MB':>12}{'state MB':>10}"
-          f"{'floor ms':>10}   state at 25,600 steps of context")
+    print(f"{args.size + ', ' + args.weights:<18}{'parameters':>14}{'weights MB':>12}"
+          f"{'state MB':>10}{'floor ms':>10}   state at 25,600 steps of context")
     for name in args.backbones:
         config, long = Config(name, args.size), Config(name, args.size, context=25600)
         with torch.device("meta"):

@@ -128,7 +128,8 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
         decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]
         if fused:       # sums that share one loop with C's update below: C passes the core once
             decayed_q = settled(decayed_q)
-            num = num + torch.stack([(decayed_q[:, :, t, :, None] * C).sum(-2) for t in range(T)], 2)
+            read = [(decayed_q[:, :, t, :, None] * C).sum(-2) for t in range(T)]    # (B, H, V) each
+            num = num + torch.stack(read, dim=2)
             den = den + (decayed_q * n[:, :, None]).sum(-1)
         else:
             num, den = num + decayed_q @ C, den + (decayed_q @ n[..., None])[..., 0]
