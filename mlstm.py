@@ -110,7 +110,7 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     three times. xLSTM, appendix A.3, with the incoming state that the public parallel form lacks.
     """
     fresh = state is None           # then C = n = 0: nothing to read or to keep from before
-    fused = q.shape[2] <= 8 and torch.compiler.is_compiling()
+    fused = q.shape[2] <= 8 and torch.compiler.is_dynamo_compiling()
     C, n, m = mlstm_initial_state(q, v) if fresh else state
     T, dtype, scale = q.shape[2], v.dtype, q.shape[-1] ** -0.5
     log_f, i = F.logsigmoid(f.to(C.dtype)), i.to(C.dtype)           # (B, H, T)
@@ -121,8 +121,13 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     D = torch.exp(log_D - m_t[..., None])
 
     # S = (q k^T / sqrt(K)) * D;   h = (S v + decayed q C) / max(|S 1 + decayed q n|, exp(-m))
-    S = (q @ k.transpose(-1, -2)).to(C.dtype) * (D * scale)         # (B, H, T, T)
-    num, den = (S.to(dtype) @ v).to(C.dtype), S.sum(-1)             # (B, H, T, V), (B, H, T)
+    if fused:           # sums in place of tiny matrix products, whose calls would cost more
+        S = (q.to(C.dtype)[:, :, :, None] * k.to(C.dtype)[:, :, None]).sum(-1) * (D * scale)
+        num = sum(S[..., s, None] * v.to(C.dtype)[:, :, s, None] for s in range(T))
+    else:
+        S = (q @ k.transpose(-1, -2)).to(C.dtype) * (D * scale)     # (B, H, T, T)
+        num = (S.to(dtype) @ v).to(C.dtype)                         # (B, H, T, V)
+    den = S.sum(-1)                                                 # (B, H, T)
     if not fresh:
         # decayed q (B, H, T, K): the query as the incoming state sees it
         decayed_q = q.to(C.dtype) * (torch.exp(b + m[..., None] - m_t) * scale)[..., None]
@@ -224,6 +229,20 @@ class MLSTMBlock(nn.Module):
             batch_size, *shape, device=device, dtype=dtype)
         return zeros(H, K, K), zeros(H, K), zeros(H), zeros(3, self.inner, dtype=dtype)
 
+    def project(self, x_c, x_m):
+        """q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks: one batched product.
+        """
+        stacked = torch.stack([x_c, x_c, x_m]).unflatten(-1, (-1, 4))       # (3, B, T, E/4, 4)
+        return torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).flatten(-2)
+
+    def bands(self):
+        """The diagonals of B_q, B_k, B_v (3, 7, E): [p, 3 + d, e] weighs input e + d of output e."""
+        bands = self.qkv.new_zeros(3, 7, self.inner // 4, 4)
+        for i in range(4):
+            for o in range(4):
+                bands[:, 3 + i - o, :, o] = self.qkv[:, :, i, o]
+        return bands.flatten(-2)
+
     def gate(self, q, k, v, x_c, x_m):
         """i, f = W [q; k; v] + b -> (B, T, 2H)."""
         return self.gates(torch.cat([q, k, v], -1))
@@ -251,9 +270,7 @@ class MLSTMBlock(nn.Module):
         x_c, conv = causal_conv(x_m, conv, self.conv_weight, self.conv_bias)
         x_c = F.silu(x_c)                                                   # (B, T, E)
 
-        # q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks: one batched product
-        stacked = torch.stack([x_c, x_c, x_m]).view(3, B, T, E // 4, 4)
-        q, k, v = torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).reshape(3, B, T, E)
+        q, k, v = self.project(x_c, x_m)                                    # (B, T, E) each
         # i, f: one scalar per head and token
         i, f = self.gate(q, k, v, x_c, x_m).transpose(1, 2).chunk(2, dim=1)            # (B, H, T)
         h, memory = self.cell(heads(q), heads(k), heads(v), i, f, memory, final_state)
