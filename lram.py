@@ -527,7 +527,7 @@ def export_policy(agent, path, compiled=False):
     """Writes an Agent's policy, one step with explicit state, as a file that needs only PyTorch.
 
     compiled False: torch.export; for torch.export.load, wherever this PyTorch runs. True: machine
-    code for CPUs like this one, with its number of threads; for torch._inductor.aoti_load_package.
+    code for CPUs like this one, fastest with as many threads; torch._inductor.aoti_load_package.
     Nothing in either is pickled. Its "policy.json" tells the task, the action and the state in
     which an episode begins, a list of [shape, dtype, value of all elements]. See Controller.
     """
