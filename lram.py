@@ -542,7 +542,9 @@ def export_policy(agent, path, compiled=False):
     obs = torch.zeros(1, *card["observation"]["shape"], dtype=torch.uint8 if image else torch.float)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")                         # PyTorch's, about itself
-        program = torch.export.export(controller, (obs, torch.zeros(1), controller.start))
+        # strict: traced as torch.compile does, which the forms for a compiler look out for
+        program = torch.export.export(controller, (obs, torch.zeros(1), controller.start),
+                                      strict=compiled)
         if not compiled:
             program.example_inputs = None       # as large as the state, and would be pickled
             torch.export.save(program, path, extra_files={"policy.json": text})
