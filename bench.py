@@ -760,6 +760,14 @@ def build(name, args, **options):
         raise SystemExit(str(error)) from None
 
 
+def backbone_alone(model, args):
+    """act() of the compiled backbone without encoders and head, as the public peers are timed."""
+    fast, x = FastPolicy(model, args.weights), torch.randn(1, 3, model.config.dim)
+    fast.model.tokens = lambda obs, *rest: x[:, None]                   # (1, 1, 3, D)
+    fast.model.readout = lambda y, action_dims: y
+    return lambda obs, scalar, state: fast.act(obs, scalar, scalar, 0, state=state)
+
+
 def acting(args, machine):
     """One environment, one step after the other: plain, compiled, public peers."""
     show_card(machine, args)
@@ -771,7 +779,10 @@ def acting(args, machine):
         context = model.config.context if name == "gpt" else 0
         state = state_bytes(model.backbone.initial_state(1))
         forms = {"plain": (stepper(model), "float32"), args.weights: (stepper(fast), args.weights)}
-        for label, act in peers(model, args):
+        rivals = peers(model, args)
+        if rivals:
+            forms["backbone alone"] = backbone_alone(model, args), args.weights
+        for label, act in rivals:
             forms[label] = act, "float32"
         for label, (act, weights) in forms.items():
             times = act_times(act, args, between=restart(context))
@@ -790,11 +801,11 @@ def acting(args, machine):
             f"{hz} Hz {missed} of {row['steps']} deadlines missed"
             for hz, missed in row["missed"].items())
             + f"; compiled in {row['compile_seconds']:.0f} s")
-    for row in rows:
-        ours = next(r for r in verdicts if r["backbone"] == row["backbone"])
-        if row["form"] not in ("plain", args.weights):
-            print(f"{row['backbone']}: the whole step takes 1/"
-                  f"{row['median_ms'] / ours['median_ms']:.1f} of {row['form']}'s backbone alone")
+    for ours, row in itertools.product(rows, rows):
+        if (ours["form"] == "backbone alone" and row["backbone"] == ours["backbone"]
+                and row["form"] not in ("plain", args.weights, "backbone alone")):
+            print(f"{row['backbone']}: {row['median_ms'] / ours['median_ms']:.1f} times as fast as "
+                  f"{row['form']}, backbone against backbone")
     return rows
 
 
