@@ -1510,6 +1510,47 @@ def test_bench_counts_steps_and_deadlines():
     assert (row["median_ms"], row["p95_ms"], row["steps"]) == (1, 6, 100)
 
 
+class NotCompiled(lram.LRAM):
+    """Takes FastPolicy's place where a test would wait for a compiler."""
+
+    def __new__(cls, model, weights="float32"):
+        model.own_state, model.compile_seconds = lambda state: state, 0.0
+        return model
+
+
+def test_bench_modes(monkeypatch, capsys, tmp_path):
+    """Every mode's rows, without compiling: what they say of bytes, steps and rates is true."""
+    monkeypatch.setattr(bench, "FastPolicy", NotCompiled)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    options = dict(backbones=("mlstm", "gpt"), batches=(1, 2), contexts=(2, 4, 300), steps=3,
+                   peers="no", env="darkroom/train", output=tmp_path / "rows.json")
+    results = {}
+    for mode in ("acting", "latency", "throughput", "ladder", "heads", "env"):
+        flags = {"env": None, **({} if mode in ("acting", "env") else {mode: True})}
+        bench.main(bench.Args(**{**options, **({} if mode == "env" else flags)}))
+        last = capsys.readouterr().out.splitlines()[-1]
+        results[mode] = json.loads(last)
+        assert json.loads((tmp_path / "rows.json").read_text()) == results[mode]
+        assert results[mode]["mode"] == mode and results[mode]["bandwidth"] > 1e8
+        assert all(row["steps"] == 3 and row["median_ms"] > 0 for row in results[mode]["rows"])
+        (tmp_path / f"{mode}.json").write_text(last)
+    size = {(r["backbone"], r["batch"], r["context"]): r["state_bytes"]
+            for r in results["latency"]["rows"]}
+    for batch in (1, 2):
+        assert len({size["mlstm", batch, C] for C in (2, 4, 300)}) == 1
+        # keys and values of 2 layers, 3 tokens a step, 96 numbers each; three counters
+        assert size["gpt", batch, 300] == batch * (4 * 2 * 2 * 3 * 300 * 96 + 3 * 8)
+    for row in results["throughput"]["rows"]:
+        assert row["per_second"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+    assert all(row["error"] < 1e-5 for row in results["ladder"]["rows"])
+    assert {row["heads"] for row in results["heads"]["rows"]} == {4, 8, 16}     # 32 do not fit
+    bench.main(bench.Args(draw=(tmp_path / "latency.json", tmp_path / "ladder.json"),
+                          output=tmp_path / "speed.png"))
+    assert (tmp_path / "speed.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(SystemExit, match="choose one"):
+        bench.main(bench.Args(latency=True, ladder=True))
+
+
 def test_bench_knows_the_bytes():
     """Bytes of state and weights against the formulas of the papers' blocks."""
     args = bench.Args(size="16m", backbones=lram.BACKBONES, contexts=(50, 1600))
