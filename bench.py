@@ -850,7 +850,7 @@ def latency_at(name, args, batch, context, policies):
     with torch.device("meta"):
         blocks = Backbone(Config(name, args.size, **options))
         size = state_bytes(blocks.initial_state(batch, "meta"))
-    if size > free_bytes(args.device) / 3:
+    if size > free_bytes(args.device) / 6:          # the check of the compiled step holds five
         return dict(failed=f"{size / 1e9:.0f} GB: too large", state_bytes=size)
     if name == "gpt" or name not in policies:
         policies.pop(name, None)
