@@ -34,6 +34,7 @@ import pickle
 import shutil
 import time
 import warnings
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -559,7 +560,7 @@ def export_policy(agent, path, compiled=False):
 
 # ----------------------------------------------------------------------------------- the fast path
 COMPILED = itertools.count()
-PACKED = []     # int8 weights in the library's own layout; the compiled code holds their numbers
+PACKED = {}     # int8 weights in the library's own layout; the compiled code holds their numbers
 
 
 @torch.library.custom_op("lram::int8_linear", mutates_args=())
@@ -599,8 +600,9 @@ class NarrowLinear(nn.Module):
         with warnings.catch_warnings():         # deprecated for a package that is not PyTorch's own
             warnings.simplefilter("ignore")
             narrow = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-        self.number = len(PACKED)
-        PACKED.append(torch.ops.quantized.linear_prepack(narrow, bias))
+        self.number = next(COMPILED)
+        PACKED[self.number] = torch.ops.quantized.linear_prepack(narrow, bias)
+        weakref.finalize(self, PACKED.pop, self.number)
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -678,12 +680,17 @@ class FastPolicy(nn.Module):
     def own_state(self, state):
         """A copy of a state, laid out for the compiled step; shares nothing with it.
 
-        C (B, H, K, V) is stored column after column: the step reads and updates it in one pass.
+        On a CPU C (B, H, K, V) is stored column after column: the step reads and updates it in one
+        pass. ValueError for the state of another model.
         """
-        copies = []
-        for block, part in zip(self.model.backbone.blocks, state):
-            part = [x.clone(memory_format=torch.contiguous_format) for x in part]
-            if isinstance(block, MLSTMBlock):
+        copies, rows = [], len(state[0][0])
+        shapes = self.model.backbone.initial_state(rows, "meta")
+        if [[x.shape for x in part] for part in state] != [[x.shape for x in p] for p in shapes]:
+            raise ValueError("this state is not one of this model: the shapes differ")
+        for block, part, own in zip(self.model.backbone.blocks, state, shapes):
+            part = [x.to(y.dtype).clone(memory_format=torch.contiguous_format)
+                    for x, y in zip(part, own)]
+            if isinstance(block, MLSTMBlock) and self.device.type == "cpu":
                 part[0] = part[0].transpose(2, 3).contiguous().transpose(2, 3)
             copies.append(tuple(part))
         return tuple(copies)
@@ -706,6 +713,10 @@ class FastPolicy(nn.Module):
             state = self.own_state(state)
         done = torch.zeros(len(reward), dtype=torch.bool, device=self.device) if done is None \
             else done
+        if self.config.backbone == "gpt" and bool(done.any()):     # its reset leaves the caches be
+            for part in state:
+                for cache in part[:-1]:
+                    cache[done] = 0
         last_action = last_action if "a" in self.config.tokens else None
         tensors = [x.contiguous() for x in (obs, reward, rtg, done, last_action) if x is not None]
         if any(len(x) != len(state[0][0]) for x in tensors):
@@ -720,33 +731,38 @@ class FastPolicy(nn.Module):
         return logits, self.last
 
     def _compile(self, *args):
-        """The compiled step for arguments like these, compared with the plain one on them."""
-        action_dims, state = args[3], args[5]
+        """The compiled step for arguments like these, compared with the same step uncompiled."""
+        action_dims, state, done = args[3], args[5], torch.zeros_like(args[6])
         if str(action_dims) not in self.heads:
             self.heads[str(action_dims)] = self._head(action_dims)
+        # tensors of their own: what is one tensor here would be taken for one in every later call
+        inputs = [x.clone() if torch.is_tensor(x) else x for x in args[:5]]
         # freezing is read while tracing: as an option of torch.compile it would come too late.
         # PyTorch 2.13: in-place buffers give wrong numbers, hence the check below
         settings = dict(freezing=True, max_autotune=True, inplace_buffers=False, cpp_wrapper=True,
                         max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
         from torch._inductor import config as inductor
-        started, trial = time.perf_counter(), self.own_state(state)
-        with inductor.patch(settings if self.device.type == "cpu" else {}):
-            # without guards, which cost as much as a tiny model: act() sees to the shapes itself.
-            # torch.compile keeps its results with the code object, so each needs a new one
-            code = FastPolicy._step.__code__.replace(co_name=f"step_{next(COMPILED)}")
-            step = torch.compile(FunctionType(code, globals()).__get__(self), fullgraph=True,
-                                 dynamic=False, options={
-                                     "guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
-            logits = step(*args[:5], trial, args[6])
-        expected, new = self.model.act(*args)           # not compiled
-        pairs = [(logits, expected)] + [
-            pair for parts in zip(trial, new) for pair in zip(*parts)]
-        error = max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-6)).item()
-                    for a, b in pairs)
+        started = time.perf_counter()
+        # without guards, which cost as much as a tiny model: act() sees to the shapes itself.
+        # torch.compile keeps its results with the code object, so each needs a new one
+        code = FastPolicy._step.__code__.replace(co_name=f"step_{next(COMPILED)}")
+        step = torch.compile(
+            FunctionType(code, globals()).__get__(self), fullgraph=True, dynamic=False,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+        plain = self.model.backbone.initial_state(len(done), self.device)
+        trial, error = self.own_state(plain), 0.0
+        for _ in range(min(3, self.config.context)):    # the state of one must serve the next
+            with inductor.patch(settings if self.device.type == "cpu" else {}):
+                logits = step(*inputs, trial, done)
+            expected, plain = self.model.act(*inputs, plain, done)      # not compiled
+            for x, y in [(logits, expected)] + [
+                    pair for parts in zip(trial, plain) for pair in zip(*parts)]:
+                off = (x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-6)
+                error = max(error, off.nan_to_num(torch.inf).item())
         if not error < (1e-3 if self.weights == "float32" else 5e-2):
             raise RuntimeError(f"the compiled policy is off by {error:.0e} from the plain one on "
                                f"this machine (PyTorch {torch.__version__}); act without --fast")
-        run = self._captured(step, args) if self.device.type == "cuda" else \
+        run = self._captured(step, (*inputs, trial, done)) if self.device.type == "cuda" else \
             lambda *args: (step(*args), args[5])
         self.compile_seconds += time.perf_counter() - started
         return run
@@ -754,11 +770,12 @@ class FastPolicy(nn.Module):
     def _captured(self, step, args):
         """The step as a CUDA graph over memory of its own: one launch for all of it."""
         static = [x.clone() if torch.is_tensor(x) else x for x in args]
-        static[5] = self.own_state(args[5])
+        static[5] = self.own_state(     # fresh: the steps below must not pass gpt's positions
+            self.model.backbone.initial_state(len(args[6]), self.device))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):                 # what must not happen while capturing
-            for _ in range(3):
+            for _ in range(min(3, self.config.context - 1)):
                 step(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -1318,11 +1318,12 @@ def test_fast_policy_is_the_policy(backbone, weights):
     state = fast_state = None
     compiled = torch._dynamo.utils.counters["stats"]
     for t in range(12):
-        obs, scalar = torch.randn(2, 39), torch.randn(2)
+        obs, reward, rtg = torch.randn(2, 39), *torch.randn(2, 2)
+        rtg = reward if t == 0 else rtg         # one tensor while it compiles, two afterwards
         done = torch.tensor([t == 7, False])
         with torch.no_grad():
-            logits, state = model.act(obs, scalar, scalar, 4, state=state, done=done)
-        ours, fast_state = fast.act(obs, scalar, scalar, 4, state=fast_state, done=done)
+            logits, state = model.act(obs, reward, rtg, 4, state=state, done=done)
+        ours, fast_state = fast.act(obs, reward, rtg, 4, state=fast_state, done=done)
         bar = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 1e-1}[weights]
         assert relative(ours, logits) < bar, t
         assert weights != "float32" or all(relative(a, b) < bar for a, b in zip(
@@ -1330,7 +1331,7 @@ def test_fast_policy_is_the_policy(backbone, weights):
         graphs = compiled["unique_graphs"] if t == 0 else graphs
         assert compiled["unique_graphs"] == graphs
     # a state that another call has returned meanwhile is copied, not lost
-    fresh = obs, scalar, scalar, 4
+    fresh = obs, reward, rtg, 4
     with torch.no_grad():
         expected, _ = model.act(*fresh, state=state)
     fast.act(*fresh)
@@ -1353,9 +1354,22 @@ def test_fast_policy_refuses(monkeypatch):
     fast = lram.FastPolicy(model)
     with pytest.raises(ValueError, match="the state has 1 rows, the inputs have .2, 2, 2."):
         fast.act(torch.randn(2, 39), *torch.zeros(2, 2), 4, state=model.backbone.initial_state(1))
-    monkeypatch.setattr(torch, "compile", lambda step, **options: lambda *args: step(*args) + 1)
-    with pytest.raises(RuntimeError, match="off by .* from the plain one"):
-        fast.act(torch.randn(1, 39), torch.zeros(1), torch.zeros(1), 4)
+    other = small_model("mlstm", heads=8).backbone.initial_state(1)
+    with pytest.raises(ValueError, match="not one of this model"):
+        fast.act(torch.randn(1, 39), *torch.zeros(2, 1), 4, state=other)
+
+    def forgets(step, **options):
+        """A compiled step that is right once: it loses the state."""
+        def run(*args):
+            logits = step(*args)
+            for part in args[5]:
+                part[0].zero_()
+            return logits
+        return run
+    for wrong in (lambda step, **options: lambda *args: step(*args) + 1, forgets):
+        monkeypatch.setattr(torch, "compile", wrong)
+        with pytest.raises(RuntimeError, match="off by .* from the plain one"):
+            fast.act(torch.randn(1, 39), *torch.ones(2, 1), 4)
 
 
 COMPILED = pytest.param("mlstm", False, True, marks=pytest.mark.skipif(
