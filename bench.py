@@ -17,8 +17,9 @@ The last line of a measurement is one JSON object; --output writes it to a file 
 Acting: random weights and observations; a step is observation in, action out: one chunk of 3
 tokens through the carried state, and the argmax of the head's logits. "plain" is the model as it
 is trained, "float32", "bfloat16" or "int8" is lram.FastPolicy with its weights so stored, compared
-with the same step uncompiled when it compiles (--ladder prints the difference from "plain"). Every row has its own warm-up, which is dropped, then --steps
-steps or --seconds seconds (--env: --steps), back to back; compile time is told apart. A step
+with the same step uncompiled when it compiles (--ladder prints the difference from "plain"). Every
+row has its own warm-up, which is dropped, then --steps steps or --seconds seconds (--env: --steps),
+back to back; compile time is told apart. A step
 misses the deadline of a control rate if it takes longer than the period. The floor is the time in
 which this memory, at the rate measured first (bytes read and written per second of a large copy),
 can read the weights once and read and write the state once. What other programs did to the cores

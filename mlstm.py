@@ -230,13 +230,12 @@ class MLSTMBlock(nn.Module):
         return zeros(H, K, K), zeros(H, K), zeros(H), zeros(3, self.inner, dtype=dtype)
 
     def project(self, x_c, x_m):
-        """q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks: one batched product.
-        """
+        """q = B_q x_c, k = B_k x_c, v = B_v x_m, block-diagonal with 4x4 blocks -> (3, B, T, E)."""
         stacked = torch.stack([x_c, x_c, x_m]).unflatten(-1, (-1, 4))       # (3, B, T, E/4, 4)
         return torch.einsum("pbtni,pnio->pbtno", stacked, self.qkv).flatten(-2)
 
     def bands(self):
-        """The diagonals of B_q, B_k, B_v (3, 7, E): [p, 3 + d, e] weighs input e + d of output e."""
+        """Diagonals of B_q, B_k, B_v (3, 7, E): [p, 3 + d, e] weighs input e + d of output e."""
         bands = self.qkv.new_zeros(3, 7, self.inner // 4, 4)
         for i in range(4):
             for o in range(4):
