@@ -1,6 +1,6 @@
 """Everything, against oracles.
 
-    python -m pytest -q test_all.py             # the whole suite, seven minutes on two cores
+    python -m pytest -q test_all.py             # the whole suite, nine minutes on two cores
     python -m pytest -q test_all.py -k "mlstm"  # one part
 
 The float64 recurrent loops are the truth for all other forms, in value, final state and gradient;
