@@ -69,12 +69,13 @@ import torch.nn.functional as F
 import mamba
 import mlstm
 import slstm
-from lram import (BACKBONES, LRAM, SIZES, Backbone, Config, FastPolicy, bin_to_action,
+from lram import (BACKBONES, INDUCTOR, LRAM, SIZES, Backbone, Config, FastPolicy, bin_to_action,
                   choose_device, count_parameters, state_bytes, use_kernels)
 from mlstm import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RATES = (50, 100, 200)                  # control rates in Hz
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}       # of a weight
 
 
 @dataclass
@@ -493,11 +494,10 @@ def show_card(machine, args):
 
 def weight_bytes(model, weights):
     """Bytes of the weights that one step reads: backbone, and the head of 4 dimensions."""
-    width = {"float32": 4, "bfloat16": 2, "int8": 1}[weights]
     backbone = count_parameters(model.backbone)
     if model.config.backbone == "gpt":      # of the positions' table it reads a few rows
         backbone -= model.backbone.blocks[0].embedding.weight.numel()
-    return width * (backbone + 1024 * model.config.dim)
+    return BYTES[weights] * (backbone + 1024 * model.config.dim)
 
 
 # ------------------------------------------------------------------------------------- public peers
@@ -694,8 +694,7 @@ def peer(package, step, model, compiled):
     if not compiled:
         return name, torch.no_grad()(step)
     # every setting as in lram.FastPolicy: see there
-    settings = dict(freezing=True, max_autotune=True, inplace_buffers=False, cpp_wrapper=True,
-                    max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
+    settings = dict(INDUCTOR, cpp_wrapper=True)
     from torch._inductor import config as inductor
     # without guards, torch.compile would reuse what it made of the same code for another model
     step.__code__ = step.__code__.replace()
@@ -920,9 +919,9 @@ def throughput(args, machine):
                 with torch.device("meta"):
                     weights = weight_bytes(LRAM(Config(name, args.size)), args.weights)
                 # a step must move its bytes, and do 2 operations per weight and token
-                width = {"float32": 4, "bfloat16": 2, "int8": 1}[args.weights]
                 row["floor_ms"] = max(machine.floor(name, weights, row["state_bytes"]),
-                                      1e3 * 6 * batch * weights / width / machine.rate)
+                                      1e3 * 6 * batch * weights / BYTES[args.weights]
+                                      / machine.rate)
                 line += f"{row['per_second']:>14,.0f} ({row['floor_ms'] / row['median_ms']:>4.0%})"
         print(line, flush=True)
     return rows
@@ -972,7 +971,7 @@ def ladder(args, machine):
     for name, batch in itertools.product(args.backbones, args.batches or (1,)):
         print(f"\n{name}, batch {batch}: {'median ms':>12}{'p99 ms':>10}{'times':>8}"
               f"{'difference':>12}")
-        model, fast = build(name, args)
+        model, _ = build(name, args)
         context, before = model.config.context if name == "gpt" else 0, None
         rungs = {"token by token": token_loop(model), "three tokens at once": stepper(model)}
         if args.device.type == "cuda":
@@ -999,6 +998,7 @@ def ladder(args, machine):
             print(f"  {label:<26}{row['median_ms']:>10.2f}{row['p99_ms']:>10.2f}"
                   f"{before / row['median_ms']:>8.1f}{error:>12.1e}", flush=True)
     return rows
+
 
 def heads(args, machine):
     """mLSTM with more, smaller heads at constant width: bytes of state, latency, throughput."""

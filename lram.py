@@ -285,6 +285,14 @@ def head_rows(action_dims):
         slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
 
 
+def part_of_head(head, rows):
+    """Some rows of the head (a slice) as a Linear of their own, frozen."""
+    part = nn.Linear(head.in_features, rows.stop - rows.start, device=head.weight.device)
+    part.requires_grad_(False).weight.copy_(head.weight.detach()[rows])
+    part.bias.copy_(head.bias.detach()[rows])
+    return part
+
+
 def action_to_bin(action):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
     return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) \
@@ -455,6 +463,11 @@ def stagger(model, step, obs, reward, rtg, action_dims, last_action, state):
     return torch.where(older, first, second), state
 
 
+# Settings of PyTorch's CPU compiler. In-place buffers give wrong numbers in 2.13 where C is returned
+INDUCTOR = dict(freezing=True, max_autotune=True, inplace_buffers=False,
+                max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
+
+
 def check_compiler():
     """ValueError where there is no C++ compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")):
@@ -489,9 +502,7 @@ class Controller(nn.Module):
         # the compiler lays out for few tokens
         rows = head_rows(self.action_dims)
         rows = rows if self.action_dims else slice(0, self.card["action"]["n"])
-        whole, head = self.model.head, nn.Linear(agent.config.dim, rows.stop - rows.start)
-        head.requires_grad_(False).weight.copy_(whole.weight[rows])
-        head.bias.copy_(whole.bias[rows])
+        head = part_of_head(self.model.head, rows)
         self.model.head, self.model.readout = head, lambda y, action_dims: head(y)
         image = self.card["observation"]["kind"] == "image"
         setattr(self.model, "encode_state" if image else "encode_image", None)
@@ -551,11 +562,8 @@ def export_policy(agent, path, compiled=False):
             torch.export.save(program, path, extra_files={"policy.json": text})
             return
         check_compiler()
-        # PyTorch 2.13: in-place buffers give wrong numbers where C is returned
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={
-            "freezing": True, "max_autotune": True, "inplace_buffers": False,
-            "max_autotune_report_choices_stats": False, "autotune_num_choices_displayed": 0,
-            "aot_inductor.metadata": {"policy.json": text}})
+            **INDUCTOR, "aot_inductor.metadata": {"policy.json": text}})
 
 
 # ----------------------------------------------------------------------------------- the fast path
@@ -665,12 +673,7 @@ class FastPolicy(nn.Module):
 
     def _head(self, action_dims):
         # a Linear of its own: PyTorch 2.13 compiles a slice of frozen weights as if it began at 0
-        rows, whole = head_rows(action_dims), self.model.head
-        head = nn.Linear(whole.in_features, rows.stop - rows.start, device=self.device)
-        head.requires_grad_(False)
-        head.weight.copy_(whole.weight[rows])
-        head.bias.copy_(whole.bias[rows])
-        return self._narrowed(head)
+        return self._narrowed(part_of_head(self.model.head, head_rows(action_dims)))
 
     def _readout(self, y, action_dims):
         name = str(action_dims)
@@ -732,15 +735,13 @@ class FastPolicy(nn.Module):
 
     def _compile(self, *args):
         """The compiled step for arguments like these, compared with the same step uncompiled."""
-        action_dims, state, done = args[3], args[5], torch.zeros_like(args[6])
+        action_dims, done = args[3], torch.zeros_like(args[6])
         if str(action_dims) not in self.heads:
             self.heads[str(action_dims)] = self._head(action_dims)
         # tensors of their own: what is one tensor here would be taken for one in every later call
         inputs = [x.clone() if torch.is_tensor(x) else x for x in args[:5]]
-        # freezing is read while tracing: as an option of torch.compile it would come too late.
-        # PyTorch 2.13: in-place buffers give wrong numbers, hence the check below
-        settings = dict(freezing=True, max_autotune=True, inplace_buffers=False, cpp_wrapper=True,
-                        max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
+        # freezing is read while tracing: as an option of torch.compile it would come too late
+        settings = dict(INDUCTOR, cpp_wrapper=True)
         from torch._inductor import config as inductor
         started = time.perf_counter()
         # without guards, which cost as much as a tiny model: act() sees to the shapes itself.
