@@ -463,7 +463,7 @@ def stagger(model, step, obs, reward, rtg, action_dims, last_action, state):
     return torch.where(older, first, second), state
 
 
-# Settings of PyTorch's CPU compiler. In-place buffers give wrong numbers in 2.13 where C is returned
+# Settings of the CPU compiler; in-place buffers give wrong numbers in 2.13 where C is returned
 INDUCTOR = dict(freezing=True, max_autotune=True, inplace_buffers=False,
                 max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0)
 
