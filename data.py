@@ -48,6 +48,7 @@ from eval import (
     DOMAINS,
     DarkRoom,
     constant_policy,
+    expand_tasks,
     install_line,
     make_env,
     random_policy,
@@ -57,7 +58,6 @@ from eval import (
 
 DEFAULT_TASKS = (
     "darkroom/train",
-    "darkroom/heldout",
     "metaworld/reach-v3",
     "metaworld/door-open-v3",
     "metaworld/drawer-close-v3",
@@ -438,15 +438,22 @@ def _measure(task, who, seeds):
     return [float(e.rewards.sum()) for e in done]
 
 
-def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
+def default_heldout(tasks):
+    """What is scored beside `tasks` where nothing is said: Dark-Room's other goals."""
+    return ("darkroom/heldout",) if "darkroom/train" in tasks else ()
+
+
+def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
-    episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes
-    being played: the next call continues. Tasks whose simulator is missing are named and left out.
+    tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
+    made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes being played: the next call
+    continues. Tasks whose simulator is missing are named and left out.
     """
     from tqdm import tqdm
     root, present, plans = Path(root), [], {}
-    for task in tasks:
+    tasks = expand_tasks(tasks)
+    for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True)):
         missing = install_line(task)
         if missing:
             made = (root / task / "task.json").exists()         # can be trained on all the same
@@ -455,7 +462,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
                   f"installed ({missing})", file=sys.stderr)
             continue
         present.append(task)
-        plan = _plan(task, root / task, episodes)
+        plan = _plan(task, root / task, episodes, with_data=task in tasks)
         if plan:
             plans[task] = plan
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]
@@ -491,7 +498,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", episodes=None, processes=None):
             if isinstance(error, OSError):                      # a full disk
                 raise SystemExit(str(error)) from None
             raise
-    for task in sorted(plans, key=lambda task: "heldout" in task):
+    for task in sorted(plans, key=lambda task: task not in tasks):      # cards without data last
         _finish_task(task, root / task, measured[task])
     return present
 
@@ -501,12 +508,11 @@ def _quiet_worker():
     warnings.filterwarnings("ignore")
 
 
-def _plan(task, folder, episodes):
+def _plan(task, folder, episodes, with_data):
     """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, domain = recipe_of(task), split_task(task)[0]
-    heldout = task.split("/")[1] in domain.heldout
-    wanted = 0 if heldout else (episodes or recipe.episodes)  # held out: scored, never trained on
+    recipe = recipe_of(task)
+    wanted = (episodes or recipe.episodes) if with_data else 0
     seeds = [s for s in range(wanted) if not (folder / f"{s:06d}.hdf5").exists()]
     if not seeds and (folder / "task.json").exists():
         return []
@@ -549,7 +555,6 @@ def _finish_task(task, folder, measured):
     card = {
         "task": task,
         "domain": task.split("/")[0],
-        "heldout": name in domain.heldout,
         "observation": {"kind": "image" if image else "vector", "shape": list(obs_space.shape)},
         "action": (
             {"kind": "discrete", "n": int(space.n)}
@@ -572,15 +577,14 @@ def _finish_task(task, folder, measured):
     if constants:
         best = max(constants, key=constants.get)
         card["constant"] = {"action": best, "mean_return": float(constants[best])}
-    if not count:  # held out and without data: read as its domain's first training task
-        sibling = folder.parent / domain.tasks[0] / "task.json"
-        if not sibling.exists():
-            raise SystemExit(
-                f"{task} has no data of its own; make {card['domain']}/{domain.tasks[0]} with it"
-            )
-        card.update(
-            {key: json.loads(sibling.read_text())[key] for key in ("state_mean", "state_std")}
-        )
+    if not count:           # without data of its own: read as a task of its domain that has some
+        cards = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/task.json"))]
+        siblings = [c for c in cards if c["observation"] == card["observation"]]
+        if not siblings:
+            raise SystemExit(f"{task} has no data of its own; make a task of {card['domain']} with "
+                             f"it, for example {card['domain']}/{domain.tasks[0]}")
+        card["state_mean"], card["state_std"] = siblings[0]["state_mean"], siblings[0]["state_std"]
+        card["target_return"] = domain.constant_rtg or max(measured["expert"])
     if count:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
         # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
@@ -742,14 +746,15 @@ class Mixture:
     are held open.
     """
 
-    def __init__(self, root, tasks, standardise=False, on_bad="refuse", top_fraction=1.0,
-                 open_files=512):
+    def __init__(self, root, tasks, heldout=(), standardise=False, on_bad="refuse",
+                 top_fraction=1.0, open_files=512):
         self.standardise, self.on_bad, self.open_files = standardise, on_bad, open_files
         self.cards, self.train, self.validation = {}, {}, {}
         self.cache, self.bad = OrderedDict(), set()
-        for task in tasks:
+        for task in dict.fromkeys((*tasks, *heldout)):
             folder = Path(root) / task
             card = self.cards[task] = load_card(folder)
+            card["heldout"] = task not in tasks
             if card["heldout"]:
                 continue
             lengths = sorted(load_lengths(folder).items())
@@ -948,7 +953,10 @@ def info(path):
 class Make:
     """Generate what is missing of the tasks' data (default: the default mixture)."""
     tasks: tyro.conf.Positional[tuple[str, ...]] = DEFAULT_TASKS
-    """Tasks named domain/task; python eval.py --list shows them."""
+    """Tasks named domain/task, or whole domains; python eval.py --list shows them."""
+    heldout: tuple[str, ...] | None = None
+    """Tasks, or domains' held-out tasks, that are only scored: their cards are made, no data
+    (default: darkroom/heldout beside darkroom/train)."""
     root: Path = Path("datasets")
     """Where the data live."""
     episodes: int | None = None
@@ -974,7 +982,8 @@ class Info:
 def main(args):
     """See the opening of this file."""
     if isinstance(args, Make):
-        make(args.tasks, args.root, args.episodes, args.processes)
+        heldout = default_heldout(args.tasks) if args.heldout is None else args.heldout
+        make(args.tasks, args.root, heldout, args.episodes, args.processes)
         info(args.root)
     elif isinstance(args, Check):
         sys.exit(1 if check(args.path) else 0)

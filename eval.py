@@ -311,8 +311,8 @@ class Domain:
     make: Callable                      # (task name, render) -> gymnasium.Env
     package: str                        # what `import` needs
     install: str                        # what pip needs
-    tasks: tuple  # trained on by default recipes; others of the package can be named too
-    heldout: tuple = ()                 # never trained on
+    tasks: tuple                        # the paper's training split
+    heldout: tuple = ()                 # and what it holds out; other tasks can be named too
     # rewards and returns-to-go are divided by it (SPEC: the paper's values)
     reward_scale: float = 1.0
     clip_rewards: bool = False  # the model sees rewards clipped to [-1, 1]; scores use raw ones
@@ -322,50 +322,39 @@ class Domain:
     steps: int = 200                    # of a typical episode, for progress bars
 
 
+_ATARI = """amidar assault asterix atlantis bank_heist battle_zone beam_rider boxing breakout
+    carnival centipede chopper_command crazy_climber demon_attack double_dunk enduro fishing_derby
+    freeway frostbite gopher gravitar hero ice_hockey jamesbond kangaroo krull kung_fu_master
+    name_this_game phoenix pooyan qbert riverraid road_runner robotank seaquest time_pilot up_n_down
+    video_pinball wizard_of_wor yars_revenge zaxxon"""
+_METAWORLD = """assembly basketball button-press-topdown-wall button-press-topdown button-press-wall
+    button-press coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-open
+    drawer-close drawer-open faucet-close faucet-open hammer handle-press-side handle-press
+    handle-pull-side handle-pull lever-pull peg-insert-side peg-unplug-side pick-out-of-hole
+    pick-place-wall pick-place plate-slide-back-side plate-slide-back plate-slide-side plate-slide
+    push-back push-wall push reach-wall reach shelf-place soccer stick-pull stick-push sweep-into
+    sweep window-close window-open"""
+
+# The tasks and the split are the paper's (appendix B); names are today's.
 DOMAINS = {
-    "darkroom": Domain(
-        make_darkroom,
-        "gymnasium",
-        "gymnasium",
-        ("train",),
-        ("heldout",),
-        constant_rtg=80.0,
-        episodes=80,
-        steps=100,
-    ),
+    "darkroom": Domain(make_darkroom, "gymnasium", "gymnasium", ("train",), ("heldout",),
+                       constant_rtg=80.0, episodes=80, steps=100),
     "metaworld": Domain(
-        make_metaworld,
-        "metaworld",
-        "metaworld==3.1.1 packaging",
-        (
-            "reach-v3",
-            "door-open-v3",
-            "drawer-close-v3",
-            "button-press-topdown-v3",
-            "window-open-v3",
-            "push-v3",
-            "pick-place-v3",
-        ),
-        reward_scale=200.0,
-    ),
+        make_metaworld, "metaworld", "metaworld==3.1.1 packaging",
+        tuple(f"{name}-v3" for name in _METAWORLD.split()),
+        ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3"),
+        reward_scale=200.0),
     "dmcontrol": Domain(
-        make_dmcontrol,
-        "dm_control",
-        "dm-control==1.0.28",
-        ("cartpole-balance", "cartpole-swingup", "point_mass-easy", "reacher-easy"),
-        reward_scale=100.0,
-        steps=1000,
-    ),
+        make_dmcontrol, "dm_control", "dm-control==1.0.28",
+        ("ball_in_cup-catch", "cartpole-swingup", "cheetah-run", "finger-spin", "finger-turn_easy",
+         "fish-upright", "hopper-stand", "point_mass-easy", "reacher-easy", "walker-run",
+         "walker-stand"),
+        ("cartpole-balance", "finger-turn_hard", "pendulum-swingup", "reacher-hard", "walker-walk"),
+        reward_scale=100.0, steps=1000),
     "atari": Domain(
-        make_atari,
-        "ale_py",
-        "ale-py==0.12.1 opencv-python-headless",
-        ("freeway", "pong", "breakout"),
-        reward_scale=20.0,
-        clip_rewards=True,
-        episodes=8,
-        steps=2000,
-    ),
+        make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless", tuple(_ATARI.split()),
+        ("alien", "ms_pacman", "pong", "space_invaders", "star_gunner"),
+        reward_scale=20.0, clip_rewards=True, episodes=8, steps=2000),
 }
 
 
@@ -378,6 +367,21 @@ def all_tasks():
     ]
 
 
+def expand_tasks(names, heldout=False):
+    """Names of tasks and of whole domains -> tasks; a domain stands for its training split, or with
+    heldout=True for its held-out one.
+    """
+    tasks = []
+    for name in names:
+        if name in DOMAINS:
+            part = DOMAINS[name].heldout if heldout else DOMAINS[name].tasks
+            tasks += [f"{name}/{task}" for task in part]
+        else:
+            split_task(name)                    # refuses what does not exist
+            tasks.append(name)
+    return tuple(dict.fromkeys(tasks))
+
+
 def split_task(task):
     """ "metaworld/reach-v3" -> (Domain, "reach-v3"); SystemExit names the nearest that exists."""
     domain, _, name = task.partition("/")
@@ -385,8 +389,9 @@ def split_task(task):
         return DOMAINS[domain], name
     near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3)
     raise SystemExit(
-        f"task {task!r} does not exist; tasks are named domain/task"
-        + (f", for example {', '.join(near)}" if near else "")
+        f"task {task!r} does not exist; tasks are named domain/task, and a domain alone "
+        f"({', '.join(DOMAINS)}) is all of it"
+        + (f"; nearest: {', '.join(near)}" if near else "")
         + ". See: python eval.py --list"
     )
 

@@ -2071,7 +2071,7 @@ def quick_form(script, rest):
         for flag in quick:
             if flag in rest:
                 del rest[rest.index(flag):rest.index(flag) + 2]
-        tasks = [] if "--resume" in rest else ["--tasks", "darkroom/train", "darkroom/heldout"]
+        tasks = [] if "--resume" in rest else ["--tasks", "darkroom/train"]
         return rest + tasks + [word for pair in quick.items() for word in pair]
     if script == "eval.py" and "--checkpoint" in rest:
         rest = [word.replace("metaworld/reach-v3", "darkroom/train") for word in rest]

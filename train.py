@@ -32,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 import data
-from eval import EVALUATION_SEED, evaluate, format_table
+from eval import EVALUATION_SEED, evaluate, expand_tasks, format_table
 from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, choose_device,
                   count_parameters, load_checkpoint, save_checkpoint, use_kernels)
 
@@ -59,7 +59,10 @@ class Args:
     """Continue the run of this name from its last checkpoint."""
 
     tasks: tuple[str, ...] = data.DEFAULT_TASKS
-    """The mixture, tasks named domain/task; `python eval.py --list` shows them."""
+    """The mixture: tasks named domain/task, or domains; `python eval.py --list` shows them."""
+    heldout: tuple[str, ...] | None = None
+    """Tasks, or domains' held-out tasks, that are scored but never trained on (default:
+    darkroom/heldout beside darkroom/train)."""
     data_root: Path = Path("datasets")
     """Where the trajectories live; what is missing is generated."""
     episodes_per_task: int | None = None
@@ -139,7 +142,10 @@ def resolve(args):
     if args.image_context > args.context:
         args = dataclasses.replace(args, image_context=args.context)
     every = args.validate_every or max(1, math.ceil(args.steps / 6))
-    return dataclasses.replace(args, validate_every=every)
+    tasks = expand_tasks(args.tasks)
+    heldout = data.default_heldout(tasks) if args.heldout is None else args.heldout
+    return dataclasses.replace(args, validate_every=every, tasks=tasks,
+                               heldout=expand_tasks(heldout, heldout=True))
 
 
 def run_folder(args):
@@ -437,8 +443,10 @@ def main(args):
                              f"--backbone, --size, --tokens ... too. {str(error)[:300]}") from None
 
     # data: what is missing is made now
-    tasks = data.make(args.tasks, args.data_root, args.episodes_per_task)
-    mixture = data.Mixture(args.data_root, tasks, args.standardise, args.on_bad, args.top_fraction)
+    present = data.make(args.tasks, args.data_root, args.heldout, args.episodes_per_task)
+    tasks, heldout = ([t for t in names if t in present] for names in (args.tasks, args.heldout))
+    mixture = data.Mixture(args.data_root, tasks, heldout, args.standardise, args.on_bad,
+                           args.top_fraction)
     data_seconds = time.perf_counter() - started
 
     # optimizer, and what a resumed run left
