@@ -69,7 +69,9 @@ DEFAULT_TASKS = (
 VALIDATION_FRACTION = 0.025
 # episode k of the data uses seed k; what a score is measured against has seeds of its own (scores:
 # 1,000,000 + k)
-EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 500_000, 600_000, 700_000
+EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 2_500_000, 2_600_000, 2_700_000
+# where only solved episodes count, a seed has this many tries: seed, seed + NEXT_TRY, ...
+TRIES, NEXT_TRY = 8, 100_000
 
 
 # ----------------------------------------------------------------------------------------- experts
@@ -304,6 +306,8 @@ class Recipe:
     episodes: int = 30
     sigma: float = 0.3              # largest noise; a quarter of the episodes has none
     references: int = 20            # episodes that measure expert and random policy
+    limit: int | None = None        # cut episodes at this many steps, in data and scores
+    success_only: bool = False      # leave out episodes in which the task was not solved
 
 
 RECIPES = {
@@ -414,17 +418,29 @@ def split_lives(episode):
 def _make_episodes(task, folder, seeds):
     """Worker: play the expert on these seeds and write one file per trajectory."""
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
-    make = lambda: NoisyActions(make_env(task), recipe.sigma)
-    for episode in rollout(make, partial(expert_policy, expert=recipe.expert), seeds, num_envs=1):
-        rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
-        pieces = split_lives(episode)
-        # life 0 last: it marks the seed as done
-        for life, (a, b) in reversed(list(enumerate(pieces))):
-            path = Path(folder) / (
-                f"{episode.seed:06d}.hdf5" if life == 0 else f"{episode.seed:06d}-{life}.hdf5"
-            )
-            end = episode.terminated or life + 1 < len(pieces)
-            write_trajectory(path, episode.states[a:b], episode.actions[a:b], rewards[a:b], end)
+    make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma)
+    pending = list(seeds)
+    for attempt in range(TRIES if recipe.success_only else 1):
+        failed = []
+        for episode in rollout(make, partial(expert_policy, expert=recipe.expert),
+                               [seed + attempt * NEXT_TRY for seed in pending], num_envs=1):
+            seed = episode.seed - attempt * NEXT_TRY
+            if recipe.success_only and not episode.success:
+                failed.append(seed)
+                continue
+            rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
+            pieces = split_lives(episode)
+            # life 0 last: it marks the seed as done
+            for life, (a, b) in reversed(list(enumerate(pieces))):
+                name = f"{seed:06d}.hdf5" if life == 0 else f"{seed:06d}-{life}.hdf5"
+                end = episode.terminated or life + 1 < len(pieces)
+                write_trajectory(Path(folder) / name, episode.states[a:b], episode.actions[a:b],
+                                 rewards[a:b], end)
+        pending = failed
+        if not pending:
+            break
+    for seed in pending:                    # or else each run would try the same seeds again
+        (Path(folder) / f"{seed:06d}.failed").touch()
     return len(seeds)
 
 
@@ -434,7 +450,8 @@ def _measure(task, who, seeds):
         "expert": partial(expert_policy, expert=recipe_of(task).expert),
         "random": random_policy,
     }.get(who, partial(constant_policy, action=who))
-    done = rollout(partial(make_env, task), policy, seeds, num_envs=4, keep_states=False)
+    make = partial(make_env, task, limit=recipe_of(task).limit)
+    done = rollout(make, policy, seeds, num_envs=4, keep_states=False)
     return [float(e.rewards.sum()) for e in done]
 
 
@@ -447,8 +464,9 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
     tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
-    made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment loses at most the episodes being played: the next call
-    continues. Tasks whose simulator is missing are named and left out.
+    made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment
+    loses at most the episodes being played: the next call continues. Tasks whose simulator is
+    missing are named and left out.
     """
     from tqdm import tqdm
     root, present, plans = Path(root), [], {}
@@ -513,7 +531,8 @@ def _plan(task, folder, episodes, with_data):
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(task)
     wanted = (episodes or recipe.episodes) if with_data else 0
-    seeds = [s for s in range(wanted) if not (folder / f"{s:06d}.hdf5").exists()]
+    seeds = [s for s in range(wanted) if not any((folder / f"{s:06d}.{end}").exists()
+                                                 for end in ("hdf5", "failed"))]
     if not seeds and (folder / "task.json").exists():
         return []
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
@@ -564,6 +583,7 @@ def _finish_task(task, folder, measured):
         "reward_scale": domain.reward_scale,
         "clip_rewards": domain.clip_rewards,
         "constant_rtg": domain.constant_rtg is not None,
+        "limit": recipe.limit,
         "target_return": domain.constant_rtg or max(returns.values(), default=0.0),
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),

@@ -403,8 +403,10 @@ def install_line(task):
     return None if found else f"pip install {domain.install}"
 
 
-def make_env(task, render=False):
-    """The environment of "domain/task"; SystemExit says what to do where there is none."""
+def make_env(task, render=False, limit=None):
+    """The environment of "domain/task", cut at `limit` steps if given; SystemExit says what to do
+    where there is none.
+    """
     domain, name = split_task(task)
     missing = install_line(task)
     if missing:
@@ -412,9 +414,10 @@ def make_env(task, render=False):
             f"{task} needs a simulator that is not installed; install it with: {missing}"
         )
     try:
-        return domain.make(name, render)
+        env = domain.make(name, render)
     except ValueError as error:
         raise SystemExit(f"{task}: {error}") from None
+    return gym.wrappers.TimeLimit(env, limit) if limit else env
 
 
 # ------------------------------------------------------------------------------------ rollout loop
@@ -595,7 +598,8 @@ def score_task(
     from lram import Agent
     seeds = [seed + k for k in range(episodes)]
     play = partial(
-        rollout, partial(make_env, task), seeds=seeds, num_envs=num_envs, keep_states=False
+        rollout, partial(make_env, task, limit=card.get("limit")), seeds=seeds, num_envs=num_envs,
+        keep_states=False
     )
     agent = Agent(model, card, seed=seed, **agent_options)
     played = list(play(partial(agent_policy, agent=agent), advance=advance))
