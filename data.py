@@ -3,6 +3,7 @@ shows them.
 
     python data.py make                     # the default mixture, into datasets/ (about a minute)
     python data.py make metaworld/push-v3 --episodes 50
+    python data.py pack datasets            # one file per task, for many or long trajectories
     python data.py check datasets           # every file validated; exit code 1 names the faults
     python data.py info datasets            # counts, lengths, returns, action statistics
 
@@ -37,7 +38,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Annotated, Callable, Literal
 
 import gymnasium as gym
 import h5py
@@ -383,17 +384,22 @@ def write_json(path, content):
     os.replace(temporary, path)
 
 
+def storage(dtype, shape):
+    """How HDF5 stores such an array: images in gzip chunks of about one window, others plainly.
+
+    Level 1 of gzip halves the time of higher ones at nearly their size.
+    """
+    if dtype != np.uint8 or len(shape) != 4:
+        return {}
+    return dict(compression="gzip", compression_opts=1, chunks=(min(50, shape[0]), *shape[1:]))
+
+
 def write_trajectory(path, states, actions, rewards, terminated):
     """One trajectory to HDF5, atomically: the name appears when the file is whole."""
     temporary = Path(f"{path}.tmp")
-    images = states.dtype == np.uint8
     try:
         with h5py.File(temporary, "w") as f:
-            # one chunk is about one window; level 1 of gzip halves the time of higher ones at
-            # nearly their size
-            layout = dict(compression="gzip", compression_opts=1,
-                          chunks=(min(50, len(states)), *states.shape[1:])) if images else {}
-            f.create_dataset("states", data=states, **layout)
+            f.create_dataset("states", data=states, **storage(states.dtype, states.shape))
             f.create_dataset("actions", data=actions)
             f.create_dataset("rewards", data=rewards.astype(np.float32))
             dones = np.zeros(len(rewards), bool)
@@ -531,10 +537,16 @@ def _plan(task, folder, episodes, with_data):
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(task)
     wanted = (episodes or recipe.episodes) if with_data else 0
-    seeds = [s for s in range(wanted) if not any((folder / f"{s:06d}.{end}").exists()
-                                                 for end in ("hdf5", "failed"))]
+    files = {path.stem for end in ("*.hdf5", "*.failed") for path in folder.glob(end)}
+    packed = {x.decode() for x in Pack(folder / PACK).names} if (folder / PACK).exists() else set()
+    seeds = [s for s in range(wanted) if f"{s:06d}" not in files | packed]
     if not seeds and (folder / "task.json").exists():
         return []
+    if packed - files:
+        raise SystemExit(f"{folder / PACK} holds {len(packed - files)} trajectories that are no "
+                         f"files any more, so nothing can be added to it; move it away, or ask for "
+                         f"at most {len(packed)} episodes")
+    (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     chunk = 2 if task.startswith("atari") else 10
     plan = [
@@ -622,19 +634,30 @@ class BadTrajectory(ValueError):
 
 @dataclass
 class Trajectory:
-    """One validated trajectory; images stay on disk and are sliced there, the rest is in memory."""
+    """One validated trajectory; images stay on disk and are sliced there, the rest is in memory.
+
+    It is steps first to first + length of its arrays: in a pack they hold those of others too.
+    """
     states: np.ndarray | h5py.Dataset       # (T, S) float32 or (T, 1, 64, 64) uint8
     actions: np.ndarray                     # (T,) int64 or (T, A) float32
     rewards: np.ndarray                     # (T,) float32
     returns_to_go: np.ndarray               # (T,) float32
     file: h5py.File | None                  # open while images are read from it
+    first: int
+    length: int
+    dones: np.ndarray | None = None         # (T,) bool; not read from a pack
 
 
-def open_trajectory(path, card=None):
-    """Read and validate one file, with its task's card if given. BadTrajectory: path and reason."""
+def open_trajectory(path, card=None, length=None):
+    """Read and validate one file, with its task's card and its length by the index, if given.
+
+    BadTrajectory: path and reason.
+    """
     bad = lambda reason: BadTrajectory(f"{path}: {reason}")
     try:
         f = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise bad("there is no such file, although the index lists it") from None
     except OSError as error:
         raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
     try:
@@ -653,6 +676,8 @@ def open_trajectory(path, card=None):
                 f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, rewards "
                 f"{rewards.shape}, dones {f['dones'].shape}"
             )
+        if length is not None and length != T:
+            raise bad(f"holds {T} steps, but the index says {length}")
         image = states.dtype == np.uint8
         if (
             image
@@ -664,6 +689,8 @@ def open_trajectory(path, card=None):
                 f"states are {states.dtype} {states.shape}; expected float (T, S) or uint8 "
                 "(T, C, 64, 64)"
             )
+        dones = np.zeros(T, bool)
+        dones[-1 if f["dones"].shape == () else slice(None)] = f["dones"][()]
         if not image:
             states = states[:].astype(np.float32)
         _check_values(bad, states, actions, rewards, image, card)
@@ -683,9 +710,8 @@ def open_trajectory(path, card=None):
     if not image:
         f.close()
     actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
-    return Trajectory(
-        states, actions, rewards.astype(np.float32), rtg.astype(np.float32), f if image else None
-    )
+    return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32),
+                      f if image else None, 0, T, dones)
 
 
 def _check_values(bad, states, actions, rewards, image, card):
@@ -732,81 +758,220 @@ def to_gray(images):
     return np.rint(luma).astype(np.uint8)[:, None]
 
 
+# one trajectory in the index of a Mixture: number of its task, its place among the names, its steps
+ROW = np.dtype([("task", np.int32), ("episode", np.int32), ("length", np.int32)])
+
+
 def load_card(folder):
     """The card of a task's folder."""
-    try:
-        return json.loads((Path(folder) / "task.json").read_text())
-    except FileNotFoundError:
+    if not (Path(folder) / "task.json").exists():
         raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make "
-                         f"{'/'.join(Path(folder).parts[-2:])}") from None
-    except json.JSONDecodeError as error:
-        raise SystemExit(
-            f"{folder}/task.json is not JSON ({error}); delete it and run data.py make again"
-        ) from None
+                         f"{'/'.join(Path(folder).parts[-2:])}")
+    return load_json(Path(folder) / "task.json")
 
 
-def load_lengths(folder):
-    """{episode: steps} from the index, so that no file is opened; from the files without one."""
-    index, folder = Path(folder) / "episode_lengths.json", Path(folder)
+def load_index(folder):
+    """Names (E,) and lengths (E,) of a task's trajectories, by name, and their pack or None.
+
+    From the pack's own index, or from episode_lengths.json: no trajectory is opened. Only where
+    there is neither, each file is.
+    """
+    folder = Path(folder)
+    if (folder / PACK).exists():
+        pack = Pack(folder / PACK)
+        return pack.names, pack.lengths, pack
+    index = folder / "episode_lengths.json"
     if index.exists():
-        return json.loads(index.read_text())
-    lengths = {}
-    for path in sorted(folder.glob("*.hdf5")):
-        lengths[path.stem] = len(open_trajectory(path).rewards)
-    return lengths
+        lengths = load_json(index)
+    else:
+        lengths = {path.stem: len(open_trajectory(path).rewards) for path in folder.glob("*.hdf5")}
+    names = sorted(lengths)
+    # fixed-width bytes: a name of a million trajectories costs its letters, not a Python object
+    return (np.array([name.encode() for name in names], bytes),
+            np.array([lengths[name] for name in names], np.int64), None)
+
+
+def load_json(path):
+    """The content of a JSON file; SystemExit where it is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} is not JSON ({error}); delete it and run the command again"
+                         ) from None
+
+
+# ------------------------------------------------------------------------------------ packed files
+PACK = "pack.h5"
+
+
+class Pack:
+    """All trajectories of a task in one file, one after the other, read by slices.
+
+    states, actions, rewards, dones and returns_to_go as in single files, but (N, ...) for the N
+    steps of all; starts, lengths and returns (E,) and episodes (E,), the names, say which steps are
+    whose. Vectors are stored as they are and mapped into memory, images in gzip chunks. What is in
+    it was validated when it was packed.
+    """
+
+    def __init__(self, path):
+        self.path, bad = Path(path), lambda reason: BadTrajectory(f"{path}: {reason}")
+        try:
+            self.file = h5py.File(path, "r")
+            self.names, self.starts, self.lengths, self.returns = (
+                self.file[key][:] for key in ("episodes", "starts", "lengths", "returns"))
+            self.states, self.actions, self.rewards, self.returns_to_go = (
+                self._array(self.file[key])
+                for key in ("states", "actions", "rewards", "returns_to_go"))
+        except (OSError, KeyError, ValueError) as error:
+            raise bad(f"not a whole pack ({str(error)[:80]}); make it again: python data.py pack"
+                      ) from None
+        steps = {len(x) for x in (self.states, self.actions, self.rewards, self.returns_to_go)}
+        if len(steps) > 1 or not len(self.names) == len(self.starts) == len(self.lengths) or \
+                (self.starts < 0).any() or (self.lengths < 1).any() or \
+                (self.starts + self.lengths > min(steps)).any():
+            raise bad("its index points outside of its data; make it again: python data.py pack")
+
+    def _array(self, dataset):
+        """A dataset without filters as a memory-mapped array, an image set as it is."""
+        if dataset.id.get_offset() is None or dataset.chunks or not dataset.size:
+            return dataset
+        mapped = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+        return mapped.view(np.ndarray)          # slices of a plain array are faster
+
+    def trajectory(self, episode):
+        """Number `episode` as a Trajectory."""
+        return Trajectory(self.states, self.actions, self.rewards, self.returns_to_go, None,
+                          int(self.starts[episode]), int(self.lengths[episode]))
+
+
+def pack_task(folder, card=None, on_bad="refuse"):
+    """Gather a task's files in one, atomically; returns (trajectories, bytes).
+
+    Every trajectory is validated on the way; on_bad "skip" names a bad one and leaves it out.
+    Memory holds one trajectory at a time.
+    """
+    folder = Path(folder)
+    names, lengths, packed = load_index(folder)
+    if packed is not None:
+        return len(names), packed.path.stat().st_size
+    total, at, kept, temporary = int(lengths.sum()), 0, [], folder / f"{PACK}.tmp"
+    try:
+        with h5py.File(temporary, "w") as f:
+            for name, length in zip(names, lengths.tolist()):
+                path = folder / f"{name.decode()}.hdf5"
+                try:
+                    t = open_trajectory(path, card, length)
+                    states = to_gray(t.states[:]) if t.states.ndim == 4 else t.states
+                    if kept and f["states"].shape[1:] != states.shape[1:]:
+                        raise BadTrajectory(f"{path}: states are {states.shape[1:]} each, those "
+                                            f"before it {f['states'].shape[1:]}")
+                except BadTrajectory as error:
+                    if on_bad == "refuse":
+                        raise
+                    print(f"skipped: {error}", file=sys.stderr)
+                    continue
+                columns = dict(states=states, actions=t.actions, rewards=t.rewards,
+                               returns_to_go=t.returns_to_go, dones=t.dones)
+                for key, x in columns.items():
+                    if not kept:
+                        shape = (total, *x.shape[1:])
+                        f.create_dataset(key, shape, x.dtype, **storage(x.dtype, shape))
+                    f[key][at:at + length] = x
+                if t.file:
+                    t.file.close()
+                kept.append((name, at, length, float(t.rewards.sum())))
+                at += length
+            if not kept:
+                raise BadTrajectory(f"{folder}: holds no trajectory that can be packed")
+            for key, x in zip(("episodes", "starts", "lengths", "returns"), zip(*kept)):
+                f[key] = np.array(x)
+        os.replace(temporary, folder / PACK)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return len(kept), (folder / PACK).stat().st_size
 
 
 # ----------------------------------------------------------------------------------------- windows
 class Mixture:
     """The trajectories of several tasks: random windows for training, fixed ones to validate.
 
-    Batches come from one domain at a time. Every batch follows from (seed, step, domain) alone, so
-    a run that is resumed at a step sees what it would have seen. on_bad: "refuse" stops at a
-    malformed file, "skip" names it once and goes on without it. At most `open_files` trajectories
-    are held open.
+    tasks are trained on, of `heldout` only the cards are read. Batches come from one domain at a
+    time. Every batch follows from (seed, step, domain) alone, so a run that is resumed at a step
+    sees what it would have seen, and packed and single files give the same. on_bad: "refuse" stops
+    at a malformed file, "skip" names it once and goes on without it. At most `open_files`
+    trajectories are held open; memory does not grow with their number but for 20 bytes each and the
+    name.
     """
 
     def __init__(self, root, tasks, heldout=(), standardise=False, on_bad="refuse",
                  top_fraction=1.0, open_files=512):
         self.standardise, self.on_bad, self.open_files = standardise, on_bad, open_files
-        self.cards, self.train, self.validation = {}, {}, {}
-        self.cache, self.bad = OrderedDict(), set()
+        self.root, self.tasks, self.cards = Path(root), list(tasks), {}
+        self.names, self.packs, self.reading = {}, {}, {}
+        self.cache, self.bad, self.process = OrderedDict(), set(), os.getpid()
+        parts = {}, {}                                      # for training, for validation
         for task in dict.fromkeys((*tasks, *heldout)):
-            folder = Path(root) / task
+            folder = self.root / task
             card = self.cards[task] = load_card(folder)
             card["heldout"] = task not in tasks
             if card["heldout"]:
                 continue
-            lengths = sorted(load_lengths(folder).items())
-            if top_fraction < 1:            # the best trajectories by return
-                returns = json.loads((folder / "episode_returns.json").read_text())
-                lengths = sorted(lengths, key=lambda item: -returns[item[0]])
-                lengths = lengths[:math.ceil(top_fraction * len(lengths))]
-            if not lengths:
+            self.reading[task] = dict(card)
+            if standardise:                                 # lists to arrays, once
+                for key in ("state_mean", "state_std"):
+                    self.reading[task][key] = np.asarray(card[key], np.float32)
+            try:
+                names, lengths, self.packs[task] = load_index(folder)
+            except BadTrajectory as error:
+                raise SystemExit(f"malformed data: {error}") from None
+            self.names[task] = names
+            if not len(names):
                 raise SystemExit(f"{folder} holds no trajectories; run: python data.py make {task}")
+            chosen = np.arange(len(names))
+            if top_fraction < 1:                            # the best trajectories by return
+                returns = self._returns(task)
+                chosen = np.argsort(-returns, kind="stable")
+                chosen = chosen[:math.ceil(top_fraction * len(chosen))]
             # the same trajectories are held out whatever else is in the mixture
-            order = np.random.RandomState(0).permutation(len(lengths))
-            n_val = max(1, round(VALIDATION_FRACTION * len(lengths))) if len(lengths) > 1 else 0
-            for rank, k in enumerate(order):
-                part = self.validation if rank < n_val else self.train
-                part.setdefault(card["domain"], []).append((task, *lengths[k]))
-        self.root, self.domains = Path(root), list(self.train)
+            chosen = chosen[np.random.RandomState(0).permutation(len(chosen))]
+            n_val = max(1, round(VALIDATION_FRACTION * len(chosen))) if len(chosen) > 1 else 0
+            for part, some in zip(parts, (chosen[n_val:], chosen[:n_val])):
+                rows = np.empty(len(some), ROW)
+                rows["task"], rows["episode"] = self.tasks.index(task), some
+                rows["length"] = lengths[some]
+                part.setdefault(card["domain"], []).append(rows)
+        self.train, self.validation = ({domain: np.concatenate(rows) for domain, rows in p.items()}
+                                       for p in parts)
+        self.domains = list(self.train)
         if not self.domains:
             raise SystemExit(f"nothing to train on among {', '.join(tasks)}")
-        self.weights = {
-            d: np.array([n for _, _, n in rows], np.float64) for d, rows in self.train.items()
-        }
+        self.cumulative = {}                # probability that a draw is this trajectory or before
+        for domain, rows in self.train.items():
+            p = rows["length"] / rows["length"].sum()
+            self.cumulative[domain] = p.cumsum() / p.sum()
 
-    def get(self, task, stem):
+    def _returns(self, task):
+        if self.packs[task]:
+            return self.packs[task].returns
+        returns = load_json(self.root / task / "episode_returns.json")
+        return np.array([returns[name.decode()] for name in self.names[task]])
+
+    def get(self, task, episode, length):
         """The trajectory, validated at its first use and kept open; None if it is bad and on_bad is
         "skip".
         """
-        path = self.root / task / f"{stem}.hdf5"
-        if path in self.cache:
-            self.cache.move_to_end(path)
-            return self.cache[path]
+        if self.process != os.getpid():         # a worker: HDF5's handles must not be shared
+            self.cache, self.process = OrderedDict(), os.getpid()
+            self.packs = {t: pack and Pack(pack.path) for t, pack in self.packs.items()}
+        if self.packs[task]:
+            return self.packs[task].trajectory(episode)
+        if (task, episode) in self.cache:
+            self.cache.move_to_end((task, episode))
+            return self.cache[task, episode]
+        path = self.root / task / f"{self.names[task][episode].decode()}.hdf5"
         try:
-            trajectory = open_trajectory(path, self.cards[task])
+            trajectory = open_trajectory(path, self.cards[task], length)
         except BadTrajectory as error:
             if self.on_bad == "refuse":
                 raise SystemExit(
@@ -818,78 +983,94 @@ class Mixture:
                 print(f"skipped: {error}", file=sys.stderr)
                 self.bad.add(path)
             return None
-        self.cache[path] = trajectory
+        self.cache[task, episode] = trajectory
         if len(self.cache) > self.open_files:
             _, old = self.cache.popitem(last=False)
             if old.file:
                 old.file.close()
         return trajectory
 
-    def window(self, task, stem, start, context):
-        """Steps start to start + context of a trajectory as the model reads them; None if the file
-        is bad.
+    def window(self, row, start, context):
+        """Steps start to start + context of a trajectory, row = (task, episode, length) of `train`
+        or `validation`, as the model reads them; None if the file is bad.
 
         reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale;
         previous is the action before, with `known` false where there is none.
         """
         from lram import prepare_states
-        trajectory, card = self.get(task, stem), self.cards[task]
-        if trajectory is None:
+        number, episode, length = row
+        task = self.tasks[number]
+        t, card = self.get(task, episode, length), self.cards[task]
+        if t is None:
             return None
-        stop = min(start + context, len(trajectory.rewards))
+        a, b = t.first + start, t.first + min(start + context, length)      # in t's arrays
         try:
-            states = trajectory.states[start:stop]
+            states = t.states[a:b]
             states = to_gray(states) if states.ndim == 4 else states
         except OSError as error:
             raise SystemExit(
-                f"malformed data: {self.root / task / stem}.hdf5: cannot be read at step {start} "
-                f"({error}); delete it, or see: python data.py check {self.root}"
+                f"malformed data: {self.root / task}, {self.names[task][episode].decode()}: cannot "
+                f"be read at step {start} ({error}); delete it, or see: python data.py check "
+                f"{self.root}"
             ) from None
-        shifted = lambda x: np.concatenate([x[start - 1:start] if start else np.zeros_like(x[:1]),
-                                            x[start:stop - 1]])
-        rtg = trajectory.returns_to_go[start:stop]
+        shifted = lambda x: np.concatenate([x[a - 1:a] if start else np.zeros_like(x[:1]),
+                                            x[a:b - 1]])
+        scale, rtg = np.float32(card["reward_scale"]), t.returns_to_go[a:b]
         if card["constant_rtg"]:
             rtg = np.full_like(rtg, card["target_return"])
-        known = np.ones(stop - start, bool)
+        known = np.ones(b - a, bool)
         known[0] = start > 0
         return {
-            "obs": prepare_states(states, card, self.standardise),
-            "reward": shifted(trajectory.rewards) / np.float32(card["reward_scale"]),
-            "rtg": rtg / np.float32(card["reward_scale"]),
-            "action": trajectory.actions[start:stop],
-            "previous": shifted(trajectory.actions),
+            "obs": prepare_states(states, self.reading[task], self.standardise),
+            "reward": shifted(t.rewards) / scale,
+            "rtg": rtg / scale,
+            "action": t.actions[a:b],
+            "previous": shifted(t.actions),
             "known": known,
         }
 
-    def sample(self, domain, batch_size, context, seed, step):
+    def sample(self, domain, batch_size, context, seed, step, part=(0, 1)):
         """A batch of random windows, see collate: trajectories in proportion to length, then any
-        start.
+        start. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
         """
-        rng = np.random.default_rng([seed, step, self.domains.index(domain)])
-        rows, weights = self.train[domain], self.weights[domain]
-        windows, tries = [], 0
-        while len(windows) < batch_size:
-            task, stem, length = rows[rng.choice(len(rows), p=weights / weights.sum())]
-            start = int(rng.integers(max(1, length - context + 1)))
-            window = self.window(task, stem, start, context)
-            tries += 1
-            if window is not None:
-                windows.append(window)
-            elif tries > 100 * batch_size:
-                raise SystemExit(f"every trajectory of {domain} that was tried is malformed; see: "
-                                 f"python data.py check {self.root}")
+        number = self.domains.index(domain)
+        rng, plan = np.random.default_rng([seed, step, number]), []
+        for _ in range(batch_size):
+            plan.append(self._draw(domain, context, rng))
+        windows = []
+        for slot in range(part[0], batch_size, part[1]):
+            window, spare, tries = self.window(*plan[slot], context), None, 0
+            while window is None:               # a bad file: another draw, of this slot's own
+                spare = spare or np.random.default_rng([seed, step, number, slot])
+                window, tries = self.window(*self._draw(domain, context, spare), context), tries + 1
+                if tries == 100:
+                    raise SystemExit(f"every trajectory of {domain} that was tried is malformed; "
+                                     f"see: python data.py check {self.root}")
+            windows.append(window)
         return collate(windows, context)
 
-    def validation_batches(self, domain, batch_size, context, max_windows=96):
+    def _draw(self, domain, context, rng):
+        rows, cumulative = self.train[domain], self.cumulative[domain]
+        row = rows[cumulative.searchsorted(rng.random(), side="right")].item()
+        return row, int(rng.integers(max(1, row[2] - context + 1)))
+
+    def validation_batches(self, domain, batch_size, context, max_windows=96, part=(0, 1)):
         """The held-out trajectories cut into consecutive windows, evenly thinned to at most
-        max_windows.
+        max_windows. part (k, n): every n-th batch from the k-th on.
         """
-        cuts = [(task, stem, start) for task, stem, length in self.validation.get(domain, [])
-                for start in range(0, length, context)]
-        keep = np.unique(np.linspace(0, len(cuts) - 1, min(max_windows, len(cuts))).astype(int))
-        windows = [w for w in (self.window(*cuts[k], context) for k in keep) if w is not None]
-        for i in range(0, len(windows), batch_size):
-            yield collate(windows[i:i + batch_size], context)
+        rows = self.validation.get(domain, np.empty(0, ROW))
+        ends = np.cumsum(-(-rows["length"] // context))             # windows up to here
+        count = int(ends[-1]) if len(ends) else 0
+        keep = np.unique(np.linspace(0, count - 1, min(max_windows, count)).astype(int))
+        for i in range(part[0] * batch_size, len(keep), part[1] * batch_size):
+            windows = []
+            for k in keep[i:i + batch_size]:
+                r = ends.searchsorted(k, side="right")
+                start = int(k - (ends[r - 1] if r else 0)) * context
+                windows.append(self.window(rows[r].item(), start, context))
+            windows = [w for w in windows if w is not None]
+            if windows:
+                yield collate(windows, context)
 
 
 def collate(windows, context):
@@ -920,8 +1101,8 @@ def collate(windows, context):
 
 # ----------------------------------------------------------------------------------------- program
 def task_folders(path):
-    """All folders below path that hold trajectories."""
-    return sorted({p.parent for p in Path(path).rglob("*.hdf5")})
+    """All folders below path that hold trajectories, as single files or packed."""
+    return sorted({p.parent for end in ("*.hdf5", PACK) for p in Path(path).rglob(end)})
 
 
 def check(path):
@@ -940,6 +1121,22 @@ def check(path):
             faults += 1
     print(f"{path}: {len(files)} trajectories, {faults} with faults")
     return faults + (not files)
+
+
+def pack(path, on_bad="refuse"):
+    """Pack every task below path; a task that is packed already is left alone."""
+    from tqdm import tqdm
+    folders = task_folders(path)
+    if not folders:
+        raise SystemExit(f"{path} holds no trajectories; make some with: python data.py make")
+    for folder in tqdm(folders, desc="pack", unit="task"):
+        card = load_card(folder) if (folder / "task.json").exists() else None
+        try:
+            count, size = pack_task(folder, card, on_bad)
+        except BadTrajectory as error:
+            raise SystemExit(f"malformed data: {error}\nrepair or delete it, or leave it out: "
+                             "--on-bad skip. What was packed before it stays.") from None
+        tqdm.write(f"{folder / PACK}: {count} trajectories, {size / 1e6:.1f} MB")
 
 
 def info(path):
@@ -986,6 +1183,15 @@ class Make:
 
 
 @dataclass
+class PackTasks:
+    """Gather each task's trajectories in one file, pack.h5, which is read by slices."""
+    path: tyro.conf.Positional[Path] = Path("datasets")
+    """A folder at any level of the layout."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do with a malformed file: stop and name it, or name it and leave it out."""
+
+
+@dataclass
 class Check:
     """Validate every trajectory below a folder; exit code 1 names the faults."""
     path: tyro.conf.Positional[Path] = Path("datasets")
@@ -1005,6 +1211,8 @@ def main(args):
         heldout = default_heldout(args.tasks) if args.heldout is None else args.heldout
         make(args.tasks, args.root, heldout, args.episodes, args.processes)
         info(args.root)
+    elif isinstance(args, PackTasks):
+        pack(args.path, args.on_bad)
     elif isinstance(args, Check):
         sys.exit(1 if check(args.path) else 0)
     else:
@@ -1012,4 +1220,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Make | Check | Info, description=__doc__))
+    main(tyro.cli(Make | Annotated[PackTasks, tyro.conf.subcommand("pack")] | Check | Info,
+                  description=__doc__))

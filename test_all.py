@@ -11,6 +11,7 @@ where it is not installed.
 """
 import ast
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -1245,7 +1246,7 @@ def test_acting_is_training(backbone, tokens, tmp_path):
             got = dark_card(target_return=11.0)
             (folder / "task.json").write_text(json.dumps(got))
             mixture = data.Mixture(tmp_path / mode, ["darkroom/train"], standardise=True)
-            window = mixture.window("darkroom/train", str(row), 0, 100)
+            window = mixture.window((0, row, 100), 0, 100)
             window["rtg"] = (11.0 - (episode.rewards.sum() - window["rtg"])).astype(np.float32)
             inputs, _, _ = train.to_tensors(data.collate([window], 100), model.config, "cpu")
             for key in ("obs", "reward", "rtg", "last_action"):
@@ -1760,43 +1761,134 @@ def test_windows_hold_what_the_file_holds(tmp_path):
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     with h5py.File(folder / "000000.hdf5") as f:
         rewards, actions = f["rewards"][:], f["actions"][:]
-    w = mixture.window("darkroom/train", "000000", 11, 8)
+    w = mixture.window((0, 0, 30), 11, 8)
     assert w["obs"][:, 1].tolist() == list(range(11, 19))
     assert np.allclose(w["reward"], rewards[10:18] / 5) and \
         np.allclose(w["rtg"][0], rewards[11:].sum() / 5)
     assert w["action"].tolist() == actions[11:19].tolist() and \
         w["previous"].tolist() == actions[10:18].tolist()
-    first, short = (mixture.window("darkroom/train", "000000", 0, 8),
-                    mixture.window("darkroom/train", "000001", 0, 8))
+    first, short = mixture.window((0, 0, 30), 0, 8), mixture.window((0, 1, 4), 0, 8)
     assert first["reward"][0] == 0 and not first["known"][0] and first["known"][1:].all()
     batch = data.collate([first, short], 8)
     assert batch["mask"].sum(1).tolist() == [8, 4] and (batch["obs"][1, 4:] == 0).all()
     # a return-to-go that is held constant
     write_task(tmp_path / "c", [30, 30], constant_rtg=True, target_return=80.0)
     constant = data.Mixture(tmp_path / "c", ["darkroom/train"])
-    assert (constant.window("darkroom/train", "000000", 3, 8)["rtg"] == 80.0).all()
+    assert (constant.window((0, 0, 30), 3, 8)["rtg"] == 80.0).all()
 
 
 def test_trajectories_are_drawn_in_proportion_to_length(tmp_path):
     """And every start equally often; validation trajectories never."""
     write_task(tmp_path, [100, 50, 50, 20, 10])
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
-    held = {stem for _, stem, _ in mixture.validation["darkroom"]}
+    held = set(mixture.validation["darkroom"]["episode"].tolist())
     rows = mixture.train["darkroom"]
     drawn, starts = {}, []
     for step in range(150):
         for obs in mixture.sample("darkroom", 20, 10, seed=1, step=step)["obs"]:
-            drawn[f"{int(obs[0, 0]):06d}"] = drawn.get(f"{int(obs[0, 0]):06d}", 0) + 1
+            drawn[int(obs[0, 0])] = drawn.get(int(obs[0, 0]), 0) + 1
             starts += [obs[0, 1]] if obs[0, 0] == 0 else []
-    total = sum(n for _, _, n in rows)
+    total = rows["length"].sum()
     assert held and not held & set(drawn)
-    for _, stem, n in rows:
-        assert abs(drawn[stem] / 3000 - n / total) < 0.05
+    for _, episode, n in rows.tolist():
+        assert abs(drawn[episode] / 3000 - n / total) < 0.05
     if starts:
         assert min(starts) == 0 and max(starts) == 90
     again = mixture.sample("darkroom", 20, 10, seed=1, step=7)
     assert all(np.array_equal(a, b) for a, b in zip(again.values(), data.Mixture(
         tmp_path, ["darkroom/train"]).sample("darkroom", 20, 10, seed=1, step=7).values()))
+
+
+def write_images(root, lengths, task="atari/freeway"):
+    """The same with pictures, three channels in every second file."""
+    folder = Path(root) / task
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k, T in enumerate(lengths):
+        states = rng.integers(0, 256, (T, 1 + 2 * (k % 2), 64, 64)).astype(np.uint8)
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, rng.integers(0, 18, T),
+                              rng.random(T), True)
+    (folder / "task.json").write_text(json.dumps(dark_card(
+        task=task, domain="atari", observation={"kind": "image", "shape": [1, 64, 64]},
+        action={"kind": "discrete", "n": 18})))
+    (folder / "episode_lengths.json").write_text(
+        json.dumps({f"{k:06d}": T for k, T in enumerate(lengths)}))
+    return folder
+
+
+def test_packed_files_give_the_same_windows(tmp_path, monkeypatch):
+    """For the same seed, pictures and vectors, training and validation; without the files too."""
+    tasks, lengths = ["darkroom/train", "atari/freeway"], [30, 4, 61, 12, 55, 1]
+    folders = write_task(tmp_path, lengths), write_images(tmp_path, lengths)
+    every = lambda mixture: [batch for domain in mixture.domains for batch in (
+        *(mixture.sample(domain, 5, 20, seed=3, step=step) for step in range(6)),
+        *mixture.validation_batches(domain, 2, 20))]
+    single = every(data.Mixture(tmp_path, tasks))
+    data.pack(tmp_path)
+    for folder in folders:
+        for path in folder.glob("*.hdf5"):
+            path.unlink()
+    packed = data.Mixture(tmp_path, tasks)
+    assert len(single) == len(every(packed)) > 12
+    for a, b in zip(single, every(packed)):
+        assert all(np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+    # a packed task is a finished one; what would have to be added to it is refused
+    monkeypatch.chdir(tmp_path)
+    assert data._plan("darkroom/train", folders[0], 6, True) == []
+    with pytest.raises(SystemExit, match="6 trajectories that are no files any more"):
+        data._plan("darkroom/train", folders[0], 7, True)
+    # the other parts of a batch are the other processes'
+    whole, parts = (packed.sample("atari", 5, 20, 3, 2), [
+        packed.sample("atari", 5, 20, 3, 2, (k, 2)) for k in range(2)])
+    assert np.array_equal(whole["obs"][0::2], parts[0]["obs"]) and \
+        np.array_equal(whole["obs"][1::2], parts[1]["obs"])
+
+
+def test_packing_refuses_what_is_bad_and_leaves_nothing_half_done(tmp_path, capsys, monkeypatch):
+    """By name, or skips it; a kill leaves no pack; a damaged pack is named."""
+    folder = write_task(tmp_path, [30, 9, 30])
+    damage(folder / "000001.hdf5", "NaN")
+    with pytest.raises(SystemExit, match="000001.hdf5: holds NaN"):
+        data.pack(tmp_path)
+    assert not list(folder.glob("pack*"))
+    with monkeypatch.context() as patch:
+        def killed(*args):
+            raise KeyboardInterrupt
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.pack(tmp_path, "skip")
+    assert not list(folder.glob("pack*"))
+    data.pack(tmp_path, "skip")
+    names, lengths, pack = data.load_index(folder)
+    assert names.tolist() == [b"000000", b"000002"] and lengths.tolist() == [30, 30]
+    assert pack.states[pack.starts[1], 0] == 2 and "skipped" in capsys.readouterr().err
+    (folder / "pack.h5").write_bytes((folder / "pack.h5").read_bytes()[:900])
+    with pytest.raises(data.BadTrajectory, match="pack.h5: not a whole pack"):
+        data.load_index(folder)
+
+
+def test_handles_are_not_shared_with_workers(tmp_path):
+    """A forked process opens its own files, and reads what its parent reads."""
+    write_images(tmp_path, [30, 40, 50])
+    for layout in ("files", "pack"):
+        mixture = data.Mixture(tmp_path, ["atari/freeway"])
+        batch = mixture.sample("atari", 8, 10, 0, 0)
+        mine = {t.file for t in mixture.cache.values()} | {p and p.file
+                                                           for p in mixture.packs.values()}
+
+        def child(queue):
+            same = np.array_equal(mixture.sample("atari", 8, 10, 0, 0)["obs"], batch["obs"])
+            its = [t.file for t in mixture.cache.values()] + [p and p.file
+                                                              for p in mixture.packs.values()]
+            queue.put((same, [file is not None and any(file is x for x in mine) for file in its]))
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        same, shared = queue.get()
+        process.join()
+        assert same and shared and not any(shared), layout
+        data.pack(tmp_path)
 
 
 def damage(path, how):
@@ -1833,7 +1925,8 @@ def damage(path, how):
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     """With path and reason, by training and by `data.py check`; skipped on request."""
     folder = write_task(tmp_path, [30, 30, 30])
-    bad = [stem for _, stem, _ in data.Mixture(tmp_path, ["darkroom/train"]).train["darkroom"]][0]
+    number = data.Mixture(tmp_path, ["darkroom/train"]).train["darkroom"]["episode"][0]
+    bad = f"{number:06d}"
     damage(folder / f"{bad}.hdf5", how)
     with pytest.raises(SystemExit, match=words) as error:
         mixture = data.Mixture(tmp_path, ["darkroom/train"])
@@ -1843,8 +1936,24 @@ def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
     mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip")
     for step in range(5):
-        assert (mixture.sample("darkroom", 4, 8, 0, step)["obs"][:, 0, 0] != int(bad)).all()
+        assert (mixture.sample("darkroom", 4, 8, 0, step)["obs"][:, 0, 0] != number).all()
     assert capsys.readouterr().err.count("skipped") == 1
+
+
+def test_an_index_that_disagrees_with_the_files(tmp_path):
+    """Another length, or a file that has gone: named, or skipped."""
+    for k, (change, words) in enumerate((
+            (lambda f: (f / "000001.hdf5").unlink(), "no such file"),
+            (lambda f: (f / "episode_lengths.json").write_text('{"000000": 30, "000001": 31}'),
+             "holds 30 steps, but the index says 31"))):
+        folder = write_task(tmp_path / str(k), [30, 30])
+        change(folder)
+        mixture = data.Mixture(tmp_path / str(k), ["darkroom/train"])
+        row = (0, 1, json.loads((folder / "episode_lengths.json").read_text())["000001"])
+        with pytest.raises(SystemExit, match=words):
+            mixture.window(row, 0, 10)
+        mixture.on_bad = "skip"
+        assert mixture.window(row, 0, 10) is None
 
 
 def test_public_files_are_read(tmp_path):
