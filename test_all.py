@@ -2044,6 +2044,36 @@ def test_resume_is_exact(backbone, tmp_path, monkeypatch):
         Path("runs/parts/config.json").exists()
 
 
+def test_several_processes_train_as_one(tmp_path):
+    """torchrun with 2 processes against one process: the same losses and perplexities.
+
+    Two domains, pictures and vectors, of different length: the processes' windows hold different
+    numbers of valid pairs, and each domain leaves one encoder without a gradient. The reading
+    processes of --workers change nothing.
+    """
+    write_task(tmp_path / "d", [30, 4, 25, 7, 30, 3, 12])
+    write_images(tmp_path / "d", [30, 5, 25, 7, 30, 3])
+    common = ("--tasks", "darkroom/train", "atari/freeway", "--data-root", "d", "--heldout",
+              "--episodes", "0", "--batch-size", "5", "--image-batch-size", "3", "--dropout", "0",
+              "--validate-every", "3", "--save-every", "3", "--standardise", "False",
+              "--episodes-per-task", "1", "--device", "cpu")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                REPOSITORY / "train.py")
+    runs = {"one": ((REPOSITORY / "train.py",), ("--steps", "6", "--workers", "2")),
+            "two": (torchrun, ("--steps", "6"))}
+    for name, (start, flags) in runs.items():
+        done = run(*start, *common, "--name", name, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[json.loads(line) for line in open(tmp_path / "runs" / name / "log.jsonl")]
+            for name in runs]
+    assert len(rows[0]) == len(rows[1]) == 6 + 3
+    for a, b in zip(*rows):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for key in {"loss", "perplexity"} & a.keys():
+            assert a[key].keys() == b[key].keys()
+            assert all(abs(a[key][d] / b[key][d] - 1) < 1e-5 for d in a[key]), (a, b)
+
+
 def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
     """Action = sign of the observation: the loss falls to nearly nothing."""
     monkeypatch.chdir(tmp_path)
@@ -2141,7 +2171,7 @@ def run(*command, cwd=REPOSITORY):
     """A command as a user would type it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("command,words", (

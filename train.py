@@ -4,6 +4,7 @@
     python train.py --backbone gpt                 # another backbone on the same data
     python train.py --backbone mlstm --resume      # after an interruption; bit for bit on a CPU
     python train.py --backbone mlstm --size 16m    # a size of the paper, with its settings
+    torchrun --nproc-per-node=4 train.py ...       # four processes, one per GPU (or CPU core)
 
 Source: LRAM (arXiv 2410.22391), section 4.1 and appendix C. Every update accumulates one
 micro-batch per domain, so that each domain counts the same; behaviour cloning with cross-entropy on
@@ -13,11 +14,18 @@ Settings that are not given follow from the size: those of the paper for its siz
 a size of our own, what reaches a working agent in minutes on a laptop (see SETTINGS; README lists
 the differences).
 
-Not included: several GPUs, mixtures that weigh domains differently.
+Several processes (torchrun) share each micro-batch out: every process takes its windows of the same
+global batch and the gradients are averaged (DistributedDataParallel), so that the loss is that of
+one process. Process 0 keeps log and checkpoint; validation and evaluation are shared out too.
+
+Not included: models that do not fit one device, mixtures that weigh domains differently.
 """
+import contextlib
 import dataclasses
+import datetime
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -28,7 +36,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -122,6 +132,8 @@ class Args:
     """What runs the recurrences: PyTorch or kernels.py; auto: the kernels on a GPU."""
     compile: bool = False
     """torch.compile the model: slow to start, faster after; pays on a GPU and for long runs."""
+    workers: int | None = None
+    """Processes that read windows ahead (default: 4 with a GPU, none on a CPU: its cores train)."""
     validate_every: int | None = None
     """Steps between validations (default: a sixth of the run)."""
     evaluate_every: int = 0
@@ -167,7 +179,7 @@ def run_folder(args):
 def resumed_args(args, saved):
     """The settings of the interrupted run; a flag that contradicts them is refused."""
     free = ("resume", "name", "device", "kernels", "save_every", "profile", "episodes",
-            "evaluate_every")
+            "evaluate_every", "workers")
     saved = {k: v for k, v in saved.items() if k in {f.name for f in dataclasses.fields(Args)}}
     saved["data_root"] = Path(saved["data_root"])
     for field in dataclasses.fields(Args):
@@ -179,6 +191,19 @@ def resumed_args(args, saved):
             raise SystemExit(f"{flag} {given} contradicts the run that is resumed "
                              f"({saved.get(field.name)}): leave it out, or start a new --name")
     return Args(**saved)
+
+
+def choose_workers(args, device, world):
+    """Fill in the number of reading processes; returns args and the reason in words."""
+    if min(args.batch_size, args.image_batch_size) < world:
+        raise SystemExit(f"a batch of {min(args.batch_size, args.image_batch_size)} windows cannot "
+                         f"be shared among {world} processes: give a larger --batch-size and "
+                         "--image-batch-size")
+    if args.workers is not None:
+        return args, f"{args.workers} reading processes: asked for"
+    if device.type == "cpu":
+        return dataclasses.replace(args, workers=0), "no reading processes: the cores train"
+    return dataclasses.replace(args, workers=4), "4 reading processes: the GPU does not wait"
 
 
 def learning_rate(step, args):
@@ -204,13 +229,65 @@ def to_tensors(batch, config, device):
     return inputs, target, mask
 
 
+def join_processes():
+    """(rank, number of processes) under torchrun, else (0, 1); all but process 0 fall silent."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # process 0 makes data and may score for long while the others wait
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(days=1))
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return rank, world
+
+
+def share(value, world):
+    """A picklable value of process 0, in every process."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Windows(torch.utils.data.Dataset):
+    """Item k: the micro-batch of domain k % D at step first_step + k // D, this process's part.
+
+    For a DataLoader, whose workers read ahead. A refusal (SystemExit) becomes its message, because
+    a worker cannot stop the program.
+    """
+
+    def __init__(self, run, first_step):
+        self.mixture, self.seed, self.part = run.mixture, run.args.seed, (run.rank, run.world)
+        self.shapes = [(domain, *run.window_shape(domain)) for domain in run.mixture.domains]
+        self.first_step, self.steps = first_step, run.args.steps
+
+    def __len__(self):
+        return (self.steps - self.first_step) * len(self.shapes)
+
+    def __getitem__(self, k):
+        step, number = divmod(k, len(self.shapes))
+        try:
+            return self.mixture.sample(*self.shapes[number], self.seed, self.first_step + step,
+                                       self.part)
+        except SystemExit as error:
+            return str(error)
+
+
+def unchanged(batch):
+    """What a DataLoader should do to a batch."""
+    return batch
+
+
 class Log:
     """runs/<name>/log.jsonl, one JSON object per line; a resume drops lines past the checkpoint."""
 
     def __init__(self, path, step):
-        self.path = path
+        self.path, self.rows = path, []
+        if path is None:                        # the silent log of all processes but one
+            return
         old = path.read_text().splitlines() if path.exists() else []
-        self.rows = []
         for line in old:
             try:
                 row = json.loads(line)
@@ -222,9 +299,10 @@ class Log:
 
     def write(self, **row):
         """Append one line."""
-        self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        if self.path:
+            self.rows.append(row)
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
 
 
 def draw_curves(rows, path, title):
@@ -265,6 +343,23 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     log: Log
+    rank: int = 0
+    world: int = 1
+
+    def total(self, values):
+        """A list of numbers, summed over all processes."""
+        if self.world == 1:
+            return values
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def gather(self, value):
+        """[value of process 0, of process 1, ...], in every process."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def autocast(self):
         """Matrix products in self.dtype."""
@@ -280,12 +375,15 @@ class Run:
 
 def save(run, step):
     """Everything that a continuation needs, and the cards, so that eval.py needs nothing else."""
+    rng = run.gather(torch.get_rng_state())
+    if run.rank:
+        return
     args = dataclasses.asdict(run.args)
     args = {key: str(x) if isinstance(x, Path) else x for key, x in args.items()}
     save_checkpoint(run.folder / "checkpoint.pt", {
         "model": run.model.state_dict(), "model_config": dataclasses.asdict(run.model.config),
         "cards": run.mixture.cards, "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "step": step, "rng": torch.get_rng_state(), "args": args,
+        "scaler": run.scaler.state_dict(), "step": step, "rng": rng, "args": args,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
 
@@ -296,12 +394,14 @@ def validate(run):
     result = {}
     for domain in run.mixture.domains:
         total, count = 0.0, 0
-        for batch in run.mixture.validation_batches(domain, *run.window_shape(domain)):
+        for batch in run.mixture.validation_batches(domain, *run.window_shape(domain),
+                                                    part=(run.rank, run.world)):
             inputs, target, mask = to_tensors(batch, run.model.config, run.device)
             with run.autocast():
                 logits, _ = run.model(**inputs, final_state=False)
             n = int(mask.sum())
             total, count = total + action_loss(logits, target, mask).item() * n, count + n
+        total, count = run.total([total, count])
         if count:
             result[domain] = math.exp(min(total / count, 30.0))
     run.model.train()
@@ -317,53 +417,79 @@ def measure(run, step):
                + ", ".join(f"{d} {p:.2f}" for d, p in perplexity.items()) + ")")
     every = run.args.evaluate_every
     if every and step % every == 0 and run.args.episodes != 0:
-        scores = evaluate(run.model, run.mixture.cards, run.args.episodes, quiet=True)
+        scores = score(run, quiet=True)
         mean = scores.get("mean_over_domains", float("nan"))
         run.log.write(step=step, mean_over_domains=mean, domains=scores.get("domains"))
         tqdm.write(f"step {step:>6}  mean over domains {mean:.3f}")
         run.model.train()
 
 
+def losses_of(run, forward, batch):
+    """This process's part of a micro-batch -> the loss to differentiate, the one to log, tokens.
+
+    The mean over the valid pairs of the global batch: this process has `part` of them.
+    """
+    args, config = run.args, run.model.config
+    inputs, target, mask = to_tensors(batch, config, run.device)
+    count = int(batch["mask"].sum())
+    part, = (count / n for n in run.total([count]))
+    # where the action is learned: from R_t alone, or with images from every token from s_t on
+    early = args.early_readout and inputs["obs"].dim() == 5
+    readouts = len(config.tokens) - config.tokens.index("s") if early else 1
+    with run.autocast():
+        # logits (B, C, readouts, ...)
+        logits, _ = forward(**inputs, at=slice(-readouts, None), final_state=False)
+        parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
+    # times `world` because DistributedDataParallel takes the mean over processes
+    loss = sum(parts) * part * run.world / len(run.mixture.domains)
+    tokens = mask.shape[0] * mask.shape[1] * len(config.tokens) * run.world
+    return loss, parts[-1].detach() * part, tokens
+
+
 def fit(run, first_step):
     """The training loop; returns seconds and tokens, and prints where the time went if asked."""
-    args, config, device = run.args, run.model.config, run.device
-    forward = torch.compile(run.model) if args.compile else run.model
-    # where the action is learned: from R_t alone, or with images from every token from s_t on
-    early = len(config.tokens) - config.tokens.index("s") if args.early_readout else 1
+    args, model = run.args, run.model
+    if run.world > 1:       # a domain uses one of the two encoders: the other's gradient is missing
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    forward = torch.compile(model) if args.compile else model
+    batches = iter(torch.utils.data.DataLoader(
+        Windows(run, first_step), batch_size=None, num_workers=args.workers,
+        collate_fn=unchanged, generator=torch.Generator()))     # not the generator of dropout
     spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
     tokens, started = 0, time.perf_counter()
 
     def lap(key, since):
-        if args.profile and device.type == "cuda":
+        if args.profile and run.device.type == "cuda":
             torch.cuda.synchronize()
         spent[key] += time.perf_counter() - since
         return time.perf_counter()
 
     run.model.train()
-    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", mininterval=0.5)
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", mininterval=0.5,
+               disable=run.rank > 0)
     for step in range(first_step, args.steps):
         if step % args.validate_every == 0:
             measure(run, step)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        losses = {}
+        losses = []
         for domain in run.mixture.domains:
             clock = time.perf_counter()
-            batch = run.mixture.sample(domain, *run.window_shape(domain), args.seed, step)
-            inputs, target, mask = to_tensors(batch, config, device)
-            tokens += mask.shape[0] * mask.shape[1] * len(config.tokens)
+            batch = next(batches)
+            if isinstance(batch, str):
+                raise SystemExit(batch)
             clock = lap("data", clock)
-            with run.autocast():
-                readouts = early if inputs["obs"].dim() == 5 else 1
-                # logits (B, C, readouts, ...)
-                logits, _ = forward(**inputs, at=slice(-readouts, None), final_state=False)
-                parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
-            clock = lap("forward", clock)
-            run.scaler.scale(sum(parts) / len(run.mixture.domains)).backward()
-            losses[domain] = parts[-1].detach()
+            # gradients are exchanged once per step, with those of the last domain
+            waits = run.world > 1 and domain != run.mixture.domains[-1]
+            with model.no_sync() if waits else contextlib.nullcontext():
+                loss, logged, n = losses_of(run, forward, batch)
+                clock = lap("forward", clock)
+                run.scaler.scale(loss).backward()
+            losses.append(logged)
+            tokens += n
             lap("backward", clock)
         clock = time.perf_counter()
-        losses = {domain: loss.item() for domain, loss in losses.items()}
+        losses = dict(zip(run.mixture.domains, run.total([loss.item() for loss in losses])))
         if not all(map(math.isfinite, losses.values())):
             raise SystemExit(f"the loss is not finite at step {step} ({losses}); the last "
                              f"checkpoint is untouched. Try a smaller --lr than {args.lr} or "
@@ -392,12 +518,19 @@ def fit(run, first_step):
     return seconds
 
 
+def score(run, quiet=False):
+    """Play all tasks, shared out over the processes; returns the content of scores.json."""
+    return evaluate(run.model, run.mixture.cards, run.args.episodes, quiet=quiet)
+
+
 def finish(run, started, data_seconds, train_seconds):
     """Score the agent, write scores.json, say what was written and what to try next."""
     folder, written = run.folder, ["checkpoint.pt", "config.json", "log.jsonl", "curves.png"]
+    scores = score(run) if run.args.episodes != 0 else None
+    if run.rank:
+        return
     draw_curves(run.log.rows, folder / "curves.png", f"{run.args.backbone} {run.args.size}")
-    if run.args.episodes != 0:
-        scores = evaluate(run.model, run.mixture.cards, run.args.episodes)
+    if scores:
         print("\n" + format_table(scores))
         acting = Agent(run.model, next(iter(run.mixture.cards.values()))).context
         scores.update(command="python " + shlex.join(sys.argv), seed=run.args.seed, context=acting,
@@ -419,10 +552,12 @@ def finish(run, started, data_seconds, train_seconds):
 def main(args):
     """See the opening of this file."""
     started = time.perf_counter()
-    folder = run_folder(args)
+    rank, world = join_processes()
+    folder = share(None if rank else run_folder(args), world)
     saved = load_checkpoint(folder / "checkpoint.pt") if args.resume else None
     args = resolve(resumed_args(args, saved["args"]) if saved else args)
     device, dtype, reason = choose_device(args.device, args.dtype)
+    args, workers = choose_workers(args, device, world)
     torch.manual_seed(args.seed)
 
     # the model first: a setting that cannot be is refused before any data are made
@@ -443,14 +578,14 @@ def main(args):
                              f"--backbone, --size, --tokens ... too. {str(error)[:300]}") from None
 
     # data: what is missing is made now
-    present = data.make(args.tasks, args.data_root, args.heldout, args.episodes_per_task)
+    present = share(None if rank else data.make(args.tasks, args.data_root, args.heldout,
+                                                args.episodes_per_task), world)
     tasks, heldout = ([t for t in names if t in present] for names in (args.tasks, args.heldout))
     mixture = data.Mixture(args.data_root, tasks, heldout, args.standardise, args.on_bad,
                            args.top_fraction)
     data_seconds = time.perf_counter() - started
 
     # optimizer, and what a resumed run left
-    folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -459,15 +594,22 @@ def main(args):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
         first_step = saved["step"]
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args), indent=1, default=str))
+    # of dropout: every process its own; a resume with as many processes as before continues it
+    if saved and len(saved["rng"]) == world:
+        torch.set_rng_state(saved["rng"][rank])
+    elif rank or saved:
+        torch.manual_seed(args.seed + 1_000_003 * (first_step + rank))
+    if not rank:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(
+            json.dumps(dataclasses.asdict(args), indent=1, default=str))
     run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
-              Log(folder / "log.jsonl", first_step))
+              Log(None if rank else folder / "log.jsonl", first_step), rank, world)
 
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
           f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads; "
-          f"kernels {kernels}")
+          f"kernels {kernels}; {workers}" + (f"; {world} processes" if world > 1 else ""))
     kept, held = (sum(map(len, part.values())) for part in (mixture.train, mixture.validation))
     print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for "
           f"validation; run {folder}" + (f", resumed at step {first_step}" if saved else ""))
@@ -479,6 +621,8 @@ def main(args):
                          "--resume") from None
     save(run, args.steps)
     finish(run, started, data_seconds, train_seconds)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
