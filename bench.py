@@ -55,6 +55,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,8 @@ class Args:
     """Act in this task, for instance atari/freeway, the simulator's time included."""
     windows: bool = False
     """Windows per second of the data side beside what training takes."""
+    trajectories: int = 0
+    """Make a synthetic data set of so many files: seconds to index it, memory while it is read."""
     kernels: bool = False
     """Kernels of kernels.py against PyTorch and the public kernels; needs an NVIDIA GPU."""
     draw: tuple[Path, ...] = ()
@@ -1074,26 +1077,62 @@ def world(args, machine):
     return rows
 
 
+def rate(mixture, rows, context):
+    """Windows per second that a data.Mixture reads, these (row, start)."""
+    started = time.perf_counter()
+    for row in rows:
+        mixture.window(*row, context)
+    return len(rows) / (time.perf_counter() - started)
+
+
+def reading(root, tasks, domain, context, n=1000):
+    """Windows per second of one domain in each way of keeping trajectories."""
+    from data import PACK, Mixture, pack_task
+    rng, files = np.random.default_rng(0), Mixture(root, tasks, open_files=1)
+    rows = [files.draw(domain, context, rng) for _ in range(n)]
+    chosen = sorted({tasks[row[0]] for row, _ in rows})
+    result = {"opened": rate(files, rows[:n // 4], context)}
+    files = Mixture(root, tasks, open_files=600)
+    distinct = {row[:2] for row, _ in rows[:500]}            # as many as may stay open
+    kept = [row for row in rows if row[0][:2] in distinct]
+    rate(files, kept, context)
+    result["kept"] = rate(files, kept, context)
+    with tempfile.TemporaryDirectory() as folder:       # the user's data stay as they are
+        for task in tasks:
+            (Path(folder) / task).mkdir(parents=True)
+            for file in (Path(root) / task).iterdir():
+                if file.name != PACK:
+                    (Path(folder) / task / file.name).symlink_to(file.absolute())
+            if task in chosen:
+                pack_task(Path(folder) / task)
+        packed = Mixture(folder, tasks)
+        rate(packed, rows, context)
+        result["packed"] = rate(packed, rows, context)
+        for task in chosen:                             # the same, with all of it in memory
+            pack = packed.packs[task]
+            for key in ("states", "actions", "rewards", "returns_to_go"):
+                setattr(pack, key, np.array(getattr(pack, key)[:]))
+        result["memory"] = rate(packed, rows, context)
+    return result
+
+
 def windows(args, machine):
     """Windows per second that the data side gives, and that training on this machine takes."""
     from data import Mixture, task_folders
     from train import to_tensors
-    tasks = sorted(str(folder.relative_to(args.data)) for folder in task_folders(args.data)) \
-        if args.data.is_dir() else []
+    tasks = sorted(str(folder.relative_to(args.data)) for folder in task_folders(args.data)
+                   if list(folder.glob("*.hdf5"))) if args.data.is_dir() else []
     if not tasks:
         raise SystemExit(f"{args.data} holds no tasks; make some with: python data.py make")
     C, B, rows, name = 50, 64, [], args.backbones[0]
     torch.manual_seed(0)
     mixture, model = Mixture(args.data, tasks), LRAM(Config(name, args.size)).to(args.device)
-    print(f"{machine.name}; windows of {C} steps per second\n{'domain':<14}{'first pass':>12}"
-          f"{'files open':>12}{'training takes':>16}   ({name}, {args.size}, batch {B})")
+    print(f"{machine.name}; windows of {C} steps per second; training: {name}, {args.size}, batch "
+          f"{B}\n{'domain':<14}{'file opened':>12}{'kept open':>12}{'packed':>12}{'in memory':>12}"
+          f"{'training takes':>16}")
     for domain in mixture.domains:
-        speeds = []
-        for _ in ("first pass", "files open"):
-            started = time.perf_counter()
-            for step in range(8):       # the same windows twice
-                batch = mixture.sample(domain, B, C, 0, step)
-            speeds.append(8 * B / (time.perf_counter() - started))
+        row = dict(domain=domain, **reading(args.data, tasks, domain, C))
+        batch = mixture.sample(domain, B, C, 0, 0)
         inputs, seconds = to_tensors(batch, model.config, args.device)[0], []
         for _ in range(3):
             started = time.perf_counter()
@@ -1101,9 +1140,52 @@ def windows(args, machine):
             logits.float().logsumexp(-1).mean().backward()
             machine.wait()
             seconds.append(time.perf_counter() - started)
-        rows.append(dict(domain=domain, first=speeds[0], open=speeds[1], training=B / min(seconds)))
+        rows.append(dict(row, training=B / min(seconds)))
         print(f"{domain:<14}" + "".join(f"{x:>{w},.0f}" for x, w in zip(
-            list(rows[-1].values())[1:], (12, 12, 16))), flush=True)
+            list(rows[-1].values())[1:], (12, 12, 12, 12, 16))), flush=True)
+    return rows
+
+
+def many(args, machine):
+    """A synthetic set of --trajectories files: seconds to index it, memory while windows are read.
+
+    Trajectories of 20 to 60 steps, 8 numbers a state, 2 a action, in a temporary folder.
+    """
+    from data import Mixture, pack_task, write_json, write_trajectory
+    rows, rng, n = [], np.random.default_rng(0), args.trajectories
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * \
+        os.sysconf("SC_PAGE_SIZE") / 1e6
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "synthetic" / "task"
+        folder.mkdir(parents=True)
+        lengths = {f"{k:07d}": int(T) for k, T in enumerate(rng.integers(20, 61, n))}
+        started = time.perf_counter()
+        for name, T in lengths.items():
+            write_trajectory(folder / f"{name}.hdf5", rng.random((T, 8), np.float32),
+                             rng.uniform(-1, 1, (T, 2)).astype(np.float32), rng.random(T), False)
+        print(f"{machine.name}; {n:,} files of {np.mean(list(lengths.values())):.0f} steps written "
+              f"in {time.perf_counter() - started:.0f} s\n{'':<9}{'index, s':>9}{'windows/s':>11}"
+              "   resident memory, MB, before and after 5, 10, 15, 20 thousand windows")
+        write_json(folder / "episode_lengths.json", lengths)
+        write_json(folder / "task.json", {
+            "task": "synthetic/task", "domain": "synthetic", "reward_scale": 1.0,
+            "constant_rtg": False, "observation": {"kind": "vector", "shape": [8]},
+            "action": {"kind": "continuous", "dims": 2}})
+        for layout in ("files", "packed"):
+            if layout == "packed":
+                pack_task(folder)
+            started = time.perf_counter()
+            mixture = Mixture(root, ["synthetic/task"])
+            index, memory, speeds = time.perf_counter() - started, [resident()], []
+            for part in range(4):
+                draw_rng = np.random.default_rng(part)
+                picks = [mixture.draw("synthetic", 20, draw_rng) for _ in range(5000)]
+                speeds.append(rate(mixture, picks, 20))
+                memory.append(resident())
+            rows.append(dict(layout=layout, index_seconds=index, windows=np.median(speeds),
+                             memory=memory))
+            print(f"{layout:<9}{index:>9.2f}{np.median(speeds):>11,.0f}   "
+                  + "".join(f"{m:>7.0f}" for m in memory), flush=True)
     return rows
 
 
@@ -1143,7 +1225,7 @@ def draw(results, path):
 
 
 MODES = {"latency": latency, "throughput": throughput, "memory": memory, "ladder": ladder,
-         "heads": heads, "env": world, "windows": windows}
+         "heads": heads, "env": world, "windows": windows, "trajectories": many}
 
 
 def main(args):

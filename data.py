@@ -350,30 +350,38 @@ def expert_policy(envs, expert):
     return act
 
 
-class NoisyActions(gym.ActionWrapper):
-    """Executes a noisy copy of each action, so that data also show how to recover from mistakes.
+class NoisyActions(gym.Wrapper):
+    """Executes a noisy copy of each action.
 
     Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a
-    uniformly random action instead. sigma is 0 in a quarter of the episodes, else uniform up to
-    sigma_max; noise and sigma follow from reset's seed alone.
+    uniformly random action instead. Noise and sigma follow from reset's seed alone. sigma is 0 in a
+    quarter of the episodes, else uniform up to sigma_max: such data show how to recover from
+    mistakes, and the label stays what the expert asked for. With levels, seed s has
+    sigma levels[s % len(levels)] and info["executed"] is the label: data of mixed quality.
     """
 
-    def __init__(self, env, sigma_max):
+    def __init__(self, env, sigma_max, levels=()):
         super().__init__(env)
-        self.sigma_max = sigma_max
+        self.sigma_max, self.levels = sigma_max, levels
 
     def reset(self, *, seed=None, options=None):
         self.rng = np.random.default_rng([seed, 1])  # [., 1]: not the stream of the world
         self.sigma = self.rng.uniform(0, self.sigma_max) * (self.rng.random() > 0.25)
+        if self.levels:
+            self.sigma = self.levels[seed % len(self.levels)]
         return self.env.reset(seed=seed, options=options)
 
-    def action(self, action):
-        """The action that is executed in place of `action`."""
-        space = self.action_space
+    def step(self, action):
+        space, sigma = self.action_space, self.sigma
         if isinstance(space, gym.spaces.Discrete):
-            return self.rng.integers(space.n) if self.rng.random() < self.sigma else action
-        noise = self.sigma * self.rng.standard_normal(space.shape)
-        return np.clip(action + noise, -1, 1).astype(np.float32)
+            action = self.rng.integers(space.n) if self.rng.random() < sigma else action
+        else:
+            noise = sigma * self.rng.standard_normal(space.shape)
+            action = np.clip(action + noise, -1, 1).astype(np.float32)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if self.levels:
+            info = {**info, "executed": action}
+        return obs, reward, terminated, truncated, info
 
 
 # ----------------------------------------------------------------------------------- writing files
@@ -421,17 +429,17 @@ def split_lives(episode):
     return list(zip(bounds[:-1], bounds[1:]))
 
 
-def _make_episodes(task, folder, seeds):
+def _make_episodes(task, folder, noise, seeds):
     """Worker: play the expert on these seeds and write one file per trajectory."""
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
-    make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma)
-    pending = list(seeds)
-    for attempt in range(TRIES if recipe.success_only else 1):
+    make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma, noise)
+    solved_only, pending = recipe.success_only and not noise, list(seeds)
+    for attempt in range(TRIES if solved_only else 1):
         failed = []
         for episode in rollout(make, partial(expert_policy, expert=recipe.expert),
                                [seed + attempt * NEXT_TRY for seed in pending], num_envs=1):
             seed = episode.seed - attempt * NEXT_TRY
-            if recipe.success_only and not episode.success:
+            if solved_only and not episode.success:
                 failed.append(seed)
                 continue
             rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
@@ -466,16 +474,18 @@ def default_heldout(tasks):
     return ("darkroom/heldout",) if "darkroom/train" in tasks else ()
 
 
-def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None):
+def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
+         noise=None):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
     tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
-    made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment
+    made, which scoring needs. episodes: per task (default: each recipe's own). noise: levels of
+    mixed quality, see NoisyActions; None takes what is there, or clean labels. A kill at any moment
     loses at most the episodes being played: the next call continues. Tasks whose simulator is
     missing are named and left out.
     """
     from tqdm import tqdm
-    root, present, plans = Path(root), [], {}
+    root, present, plans, levels = Path(root), [], {}, {}
     tasks = expand_tasks(tasks)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True)):
         missing = install_line(task)
@@ -486,7 +496,8 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
                   f"installed ({missing})", file=sys.stderr)
             continue
         present.append(task)
-        plan = _plan(task, root / task, episodes, with_data=task in tasks)
+        levels[task] = _levels(root / task, noise)
+        plan = _plan(task, root / task, episodes, task in tasks, levels[task])
         if plan:
             plans[task] = plan
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]
@@ -523,7 +534,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
                 raise SystemExit(str(error)) from None
             raise
     for task in sorted(plans, key=lambda task: task not in tasks):      # cards without data last
-        _finish_task(task, root / task, measured[task])
+        _finish_task(task, root / task, measured[task], levels[task])
     return present
 
 
@@ -532,7 +543,18 @@ def _quiet_worker():
     warnings.filterwarnings("ignore")
 
 
-def _plan(task, folder, episodes, with_data):
+def _levels(folder, noise):
+    """The levels of mixed quality of a folder: those it was made with, else `noise`."""
+    if not (folder / "task.json").exists():
+        return tuple(noise or ())
+    made = tuple(load_card(folder).get("noise", ()))
+    if noise is not None and made != tuple(noise):
+        raise SystemExit(f"{folder} was made with --noise {made}, not {noise}: give another "
+                         "--root, or delete it")
+    return made
+
+
+def _plan(task, folder, episodes, with_data, noise=()):
     """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(task)
@@ -549,9 +571,8 @@ def _plan(task, folder, episodes, with_data):
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     chunk = 2 if task.startswith("atari") else 10
-    plan = [
-        (_make_episodes, (str(folder), seeds[i : i + chunk])) for i in range(0, len(seeds), chunk)
-    ]
+    plan = [(_make_episodes, (str(folder), noise, seeds[i : i + chunk]))
+            for i in range(0, len(seeds), chunk)]
     n = min(recipe.references, 2 * episodes) if episodes else recipe.references
     span = lambda start: list(range(start, start + n))
     plan += [(_measure, ("expert", span(EXPERT_SEED))), (_measure, ("random", span(RANDOM_SEED)))]
@@ -566,7 +587,7 @@ def _plan(task, folder, episodes, with_data):
     return plan
 
 
-def _finish_task(task, folder, measured):
+def _finish_task(task, folder, measured, noise):
     """Write the index files and the card."""
     recipe, (domain, name) = recipe_of(task), split_task(task)
     env = make_env(task)
@@ -599,7 +620,10 @@ def _finish_task(task, folder, measured):
         "target_return": domain.constant_rtg or max(returns.values(), default=0.0),
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),
-        "made_by": f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
+        "noise": noise,
+        "made_by": f"{recipe.expert.__name__}; " + (
+            f"mixed quality, noise {', '.join(map(str, noise))}, labels as executed" if noise else
+            f"labels clean, execution noise up to {recipe.sigma}"),
         "versions": {
             p: importlib.metadata.version(p)
             for p in {"gymnasium", "numpy", domain.package.replace("_", "-")}
@@ -1036,20 +1060,21 @@ class Mixture:
         number = self.domains.index(domain)
         rng, plan = np.random.default_rng([seed, step, number]), []
         for _ in range(batch_size):
-            plan.append(self._draw(domain, context, rng))
+            plan.append(self.draw(domain, context, rng))
         windows = []
         for slot in range(part[0], batch_size, part[1]):
             window, spare, tries = self.window(*plan[slot], context), None, 0
             while window is None:               # a bad file: another draw, of this slot's own
                 spare = spare or np.random.default_rng([seed, step, number, slot])
-                window, tries = self.window(*self._draw(domain, context, spare), context), tries + 1
+                window, tries = self.window(*self.draw(domain, context, spare), context), tries + 1
                 if tries == 100:
                     raise SystemExit(f"every trajectory of {domain} that was tried is malformed; "
                                      f"see: python data.py check {self.root}")
             windows.append(window)
         return collate(windows, context)
 
-    def _draw(self, domain, context, rng):
+    def draw(self, domain, context, rng):
+        """A trajectory in proportion to its length, any start in it: (row of train, start)."""
         rows, cumulative = self.train[domain], self.cumulative[domain]
         row = rows[cumulative.searchsorted(rng.random(), side="right")].item()
         return row, int(rng.integers(max(1, row[2] - context + 1)))
@@ -1180,6 +1205,9 @@ class Make:
     """Episodes per task (default: each recipe's own)."""
     processes: int | None = None
     """Worker processes (default: one per core, at most 8)."""
+    noise: tuple[float, ...] | None = None
+    """Mixed quality, e.g. 0 0.3 1: noise of execution, level by level in turn; labels as executed
+    (default: the expert's clean labels, executed with a little noise)."""
 
 
 @dataclass
@@ -1209,7 +1237,7 @@ def main(args):
     """See the opening of this file."""
     if isinstance(args, Make):
         heldout = default_heldout(args.tasks) if args.heldout is None else args.heldout
-        make(args.tasks, args.root, heldout, args.episodes, args.processes)
+        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.noise)
         info(args.root)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)

@@ -426,7 +426,7 @@ class Episode:
     """One finished episode of T steps: what the policy saw, asked for and got."""
     seed: int
     states: np.ndarray          # (T, ...) before each action
-    actions: np.ndarray         # (T,) int or (T, A) float32, as the policy asked
+    actions: np.ndarray         # (T,) int or (T, A) float32, as the policy asked (see rollout)
     rewards: np.ndarray         # (T,) float32, raw
     lives: np.ndarray           # (T,) int after each step, 0 where the world has none
     success: bool               # info["success"] at any step
@@ -452,11 +452,12 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
         while active.any():
             action = act(obs, reward, done)
             next_obs, reward, terminated, truncated, info = envs.step(action)
+            taken = info.get("executed", action)        # data.NoisyActions: not what was asked for
             lives, success = info.get("lives", np.zeros(n, int)), info.get("success", np.zeros(n))
             for row in np.flatnonzero(active):
                 state = np.array(obs[row]) if keep_states else None
                 logs[row].append(
-                    (state, np.array(action[row]), reward[row], lives[row], success[row])
+                    (state, np.array(taken[row]), reward[row], lives[row], success[row])
                 )
             advance(int(active.sum()))
             obs, done = next_obs, terminated | truncated

@@ -1714,6 +1714,31 @@ def test_noise_is_executed_and_not_recorded():
             (env.sigma > 0) == (not np.allclose(echo.got, [0.5, 0.9]))
     assert np.array_equal(runs[7], runs[-1])
     assert 0.18 < np.mean(np.array(sigmas) == 0) < 0.32 and 0.25 < max(sigmas) <= 0.3
+    # mixed quality: levels in turn, and the label is what was executed
+    env = data.NoisyActions(echo, 0.3, (0.0, 0.5, 1.0))
+    for seed in range(6):
+        env.reset(seed=seed)
+        *_, info = env.step(np.array([0.5, 0.9]))
+        assert env.sigma == (0.0, 0.5, 1.0)[seed % 3] and np.array_equal(info["executed"], echo.got)
+        assert (seed % 3 == 0) == np.allclose(echo.got, [0.5, 0.9])
+
+
+def test_mixed_quality_spreads_the_returns(tmp_path, monkeypatch):
+    """Expert, half random and random in turn; labels replay to the same rewards; kept apart."""
+    monkeypatch.chdir(tmp_path)
+    data.make(["darkroom/train"], "d", episodes=30, processes=1, noise=(0.0, 0.5, 1.0))
+    folder, env, returns = Path("d/darkroom/train"), worlds.make_env("darkroom/train"), []
+    for seed in range(30):
+        with h5py.File(folder / f"{seed:06d}.hdf5") as f:
+            actions, rewards = f["actions"][:], f["rewards"][:]
+        env.reset(seed=seed)
+        assert [env.step(a)[1] for a in actions] == rewards.tolist()
+        returns.append(rewards.sum())
+    expert, half, random = (np.mean(returns[k::3]) for k in range(3))
+    assert expert > half + 5 and half > random + 5
+    with pytest.raises(SystemExit, match="made with --noise"):
+        data.make(["darkroom/train"], "d", episodes=30, processes=1, noise=(0.0, 0.1))
+    assert data.make(["darkroom/train"], "d", episodes=30, processes=1) == ["darkroom/train"]
 
 
 # ------------------------------------------------------------------------------------------ scores
