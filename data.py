@@ -25,16 +25,14 @@ Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
 Not included: packed files, converters from other data sets, training data larger than one machine.
 """
 
+import contextlib
 import difflib
 import importlib.metadata
 import json
 import math
-import multiprocessing
 import os
 import sys
-import warnings
 from collections import OrderedDict
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +52,7 @@ from eval import (
     make_env,
     random_policy,
     rollout,
+    run_jobs,
     split_task,
 )
 
@@ -429,7 +428,7 @@ def split_lives(episode):
     return list(zip(bounds[:-1], bounds[1:]))
 
 
-def _make_episodes(task, folder, noise, seeds):
+def _make_episodes(task, folder, noise, seeds, advance):
     """Worker: play the expert on these seeds and write one file per trajectory."""
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
     make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma, noise)
@@ -437,7 +436,8 @@ def _make_episodes(task, folder, noise, seeds):
     for attempt in range(TRIES if solved_only else 1):
         failed = []
         for episode in rollout(make, partial(expert_policy, expert=recipe.expert),
-                               [seed + attempt * NEXT_TRY for seed in pending], num_envs=1):
+                               [seed + attempt * NEXT_TRY for seed in pending], num_envs=1,
+                               advance=advance):
             seed = episode.seed - attempt * NEXT_TRY
             if solved_only and not episode.success:
                 failed.append(seed)
@@ -455,17 +455,16 @@ def _make_episodes(task, folder, noise, seeds):
             break
     for seed in pending:                    # or else each run would try the same seeds again
         (Path(folder) / f"{seed:06d}.failed").touch()
-    return len(seeds)
 
 
-def _measure(task, who, seeds):
+def _measure(task, who, seeds, advance):
     """Worker: returns of the noise-free expert, the random policy or a constant action (int)."""
     policy = {
         "expert": partial(expert_policy, expert=recipe_of(task).expert),
         "random": random_policy,
     }.get(who, partial(constant_policy, action=who))
     make = partial(make_env, task, limit=recipe_of(task).limit)
-    done = rollout(make, policy, seeds, num_envs=4, keep_states=False)
+    done = rollout(make, policy, seeds, num_envs=4, keep_states=False, advance=advance)
     return [float(e.rewards.sum()) for e in done]
 
 
@@ -475,14 +474,15 @@ def default_heldout(tasks):
 
 
 def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
-         noise=None):
+         noise=None, timeout=600.0):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
     tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
     made, which scoring needs. episodes: per task (default: each recipe's own). noise: levels of
     mixed quality, see NoisyActions; None takes what is there, or clean labels. A kill at any moment
     loses at most the episodes being played: the next call continues. Tasks whose simulator is
-    missing are named and left out.
+    missing are named and left out, and so are those of which a simulator crashed, or hung for
+    `timeout` seconds.
     """
     from tqdm import tqdm
     root, present, plans, levels = Path(root), [], {}, {}
@@ -507,40 +507,48 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     # alone at the end
     processes = processes or min(os.cpu_count() or 1, 8)
     jobs.sort(key=lambda job: job[1].startswith("atari"), reverse=True)
-    measured = {task: {} for task in plans}
-    context = multiprocessing.get_context("spawn")
+    measured, failed = _run(jobs, processes, timeout)
+    for task, count in failed.items():
+        print(f"{task} is incomplete: {count} of its {len(plans[task])} jobs failed; what was made "
+              "is kept, the same command tries the rest again", file=sys.stderr)
+    for task in sorted(plans, key=lambda task: task not in tasks):      # cards without data last
+        if task not in failed:
+            _finish_task(task, root / task, measured[task], levels[task])
+    return [task for task in present if task not in failed]
+
+
+def _run(jobs, processes, timeout):
+    """Do the jobs of all plans; returns what was measured, and {task: number of failed jobs}."""
+    from tqdm import tqdm
+    measured, failed = {task: {} for _, task, _ in jobs}, {}
     cost = lambda task, args: len(args[-1]) * split_task(task)[0].steps
     total = sum(cost(task, args) for _, task, args in jobs)
-    with ProcessPoolExecutor(processes, context, _quiet_worker) as pool, \
-            tqdm(total=total, desc="make data", unit="step", unit_scale=True) as bar:
-        futures = {
-            pool.submit(function, task, *args): (function, task, args)
-            for function, task, args in jobs
-        }
-        try:
-            for future in as_completed(futures):
-                function, task, args = futures[future]
-                if function is _measure:
-                    measured[task].setdefault(args[0], []).extend(future.result())
-                else:
-                    future.result()
+    try:
+        with contextlib.closing(run_jobs(jobs, processes, _start_worker, timeout)) as running, \
+                tqdm(total=total, desc="make data", unit="step", unit_scale=True) as bar:
+            for (function, task, args), result in running:
+                if isinstance(result, OSError):
+                    raise SystemExit(str(result))                       # a full disk
+                if isinstance(result, Exception):
+                    failed[task] = failed.get(task, 0) + 1
+                    bar.write(f"{task}, {_seeds_of(function, args)}: failed: {result}", sys.stderr)
+                elif function is _measure:
+                    measured[task].setdefault(args[0], []).extend(result)
                 bar.set_postfix_str(task)
                 bar.update(cost(task, args))
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise SystemExit("\ninterrupted; the same command continues where it was") from None
-            if isinstance(error, OSError):                      # a full disk
-                raise SystemExit(str(error)) from None
-            raise
-    for task in sorted(plans, key=lambda task: task not in tasks):      # cards without data last
-        _finish_task(task, root / task, measured[task], levels[task])
-    return present
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command continues where it was") from None
+    return measured, failed
 
 
-def _quiet_worker():
-    """No warnings from the simulators, which would tear the progress bar."""
-    warnings.filterwarnings("ignore")
+def _seeds_of(function, args):
+    who = f"measuring {args[0]}" if function is _measure else "episodes"
+    return f"{who}, seeds {args[-1][0]} to {args[-1][-1]}"
+
+
+def _start_worker():
+    """Each worker of eval.run_jobs does (function, task, arguments)."""
+    return lambda job, advance: job[0](job[1], *job[2], advance)
 
 
 def _levels(folder, noise):

@@ -6,6 +6,7 @@ checkpoint.
     python eval.py --checkpoint ... --fast                   # acts through the compiled policy
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --export reach.pt2   # for a robot
     python eval.py --compare runs/*/scores.json --output scores.png
+    python eval.py --video pong.gif --tasks atari/pong --policy expert    # before any training
     python eval.py --list                                    # every task, and what is missing
 
 Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl,
@@ -22,23 +23,28 @@ data),
     score = (return - random) / (reference - random)
 
 averaged over episodes, then over the tasks of a domain, then over domains, so that each counts the
-same. The interval is a 95 % bootstrap, stratified: episodes are redrawn within their task (Agarwal
-et al., 2021, rliable).
+same; --normalise public takes both numbers from the paper's table. The interval is a 95 %
+bootstrap, stratified: episodes are redrawn within their task (Agarwal et al., 2021, rliable). A
+score whose interval reaches down to 0 is not above random, and the table says so.
 
-Not included: simulator processes in parallel, rendering of MuJoCo without an OpenGL library.
+Not included: several processes for one task, rendering of MuJoCo without an OpenGL library.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib.util
 import io
+import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -507,91 +513,438 @@ def agent_policy(envs, agent):
     return agent.act
 
 
+# -------------------------------------------------------------------------------- reference scores
+# What the paper's scores are measured against, one row per task: name, return of the random policy,
+# reference, target return ("-": not known). Where the reference is the maximum of the public data it
+# is the target too (theirs differ by less than 0.001) and "random" is the minimum, as in Procgen.
+# The numbers are those of github.com/ml-jku/LRAM (MIT licence), src/envs/{dn_scores,hn_scores,
+# target_returns}.py at commit a984cdf; Atari's random and human columns come from
+# github.com/deepmind/dqn_zoo, atari_data.py (Apache-2.0). See LICENSE.
+_METAWORLD_SCORES = """\
+    reach 147.103 1905.1068, push 2.0408 1791.2244, pick-place 0.3011 1300.6919,
+    door-open 83.5917 1608.8119, drawer-open 179.8318 1762.8101, drawer-close 0 1880,
+    button-press-topdown 35.1767 1384.7, peg-insert-side 0.6391 1695.9866,
+    window-open 40.516 1717.4207, window-close 30.2317 1559.3096, door-close 5.4191 1587.8,
+    reach-wall 141.9194 1863.1053, pick-place-wall 0 1654.6439, push-wall 2.0338 1746.7048,
+    button-press 46.4804 1604.5227, button-press-topdown-wall 35.1767 1388.5978,
+    button-press-wall 8.2484 1614.5718, peg-unplug-side 1.6908 1619.8203, disassemble 0 1536.4565,
+    hammer 31.6972 1724.8417, plate-slide 73.5299 1713.0806, plate-slide-side 13.2441 1748.3042,
+    plate-slide-back 29.671 1806.1564, plate-slide-back-side 25.7285 1833.703,
+    handle-press 9.0016 1929.8344, handle-pull 2.7437 1759.0701, handle-press-side 22.6648 1897.76,
+    handle-pull-side 0.9445 1710.8367, stick-push 1.0867 1629.2634, stick-pull 0.6954 1551.3679,
+    basketball 0.2175 1597.0182, soccer 0.7333 1706.2247, faucet-open 327.8281 1783.7488,
+    faucet-close 410.239 1798.5878, coffee-push 2.2135 1694.6849, coffee-pull 4.6319 1475.0729,
+    coffee-button 40.8464 1698.3198, sweep 2.8682 1560.8198, sweep-into 4.0911 1815.943,
+    pick-out-of-hole 0.7432 1588.1172, assembly 15.0363 1285.642, shelf-place 0 1513.3306,
+    push-back 0.442 1564.7234, lever-pull 33.9352 1677.197, dial-turn 0.0004 1887.3281,
+    bin-picking 1.7012 1308.5978, box-close 0 1127.9011, hand-insert 0.6889 1789.0469,
+    door-lock 177.2109 1831.5374, door-unlock 123.2161 1794.7216"""
+_DMCONTROL_SCORES = """\
+    acrobot-swingup 8.351 4.877 158.764, ball_in_cup-catch 0 926.719 1000,
+    cartpole-balance 350.391 938.506 993.194, cartpole-swingup 27.414 766.15 857.492,
+    cheetah-run 3.207 324.045 451.274, finger-spin 0.2 834.629 987,
+    finger-turn_easy 57.8 800.645 1000, finger-turn_hard 40.6 676.144 1000,
+    fish-swim 67.675 78.212 794.356, fish-upright 229.406 547.962 999.433,
+    hopper-hop 0.076 62.794 116.777, hopper-stand 1.296 266.783 975.575,
+    humanoid-run 0.741 0.794 2.567, humanoid-stand 4.327 5.053 17.218,
+    humanoid-walk 0.913 1.194 12.589, manipulator-bring_ball 0 0.429 19.022,
+    manipulator-insert_ball 0 43.307 1000, manipulator-insert_peg 0.235 78.477 1000,
+    pendulum-swingup 0 614.491 1000, point_mass-easy 1.341 779.273 998.373,
+    reacher-easy 33 849.241 1000, reacher-hard 8 779.947 1000,
+    swimmer-swimmer15 78.817 152.297 1000, swimmer-swimmer6 229.834 167.082 1000,
+    walker-run 23.427 344.794 513.464, walker-stand 134.701 816.322 999.82,
+    walker-walk 30.193 773.174 982.159"""
+_PROCGEN_SCORES = """\
+    bigfish 0 5.9107 40, bossfight 0 2.179 15, caveflyer 0 7.6341 13, chaser 0 3.4349 13.3128,
+    climber 0 9.1516 16, coinrun 0 9.6781 10, dodgeball 0 3.1873 20, fruitbot -7 16.9643 38,
+    heist 0 7.9555 10, jumper 0 8.7396 10, leaper 0 4.9065 10, maze 0 9.4536 10,
+    miner 0 11.6814 13, ninja 0 7.7674 10, plunder 0 4.9095 18, starpilot 0 17.3367 67"""
+_ATARI_SCORES = """\
+    alien 227.8 7127.7 218, amidar 5.8 1719.5 204, assault 222.4 742 160, asterix 210 8503.3 104,
+    asteroids 719.1 47388.7 -, atlantis 12850 29028.1 1444, bank_heist 14.2 753.1 86,
+    battle_zone 2360 37187.5 32, beam_rider 363.9 16926.5 152, berzerk 123.7 2630.4 -,
+    bowling 23.1 160.7 -, boxing 0.1 12.1 88, breakout 1.7 30.5 95, carnival - - 45,
+    centipede 2090.9 12017 137, chopper_command 811 7387.8 70, crazy_climber 10780.5 35829.4 735,
+    defender 2874.5 18688.9 -, demon_attack 152.1 1971 231, double_dunk -18.6 -16.4 14,
+    enduro 0 860.5 1091, fishing_derby -91.7 -38.7 53, freeway 0 29.6 34, frostbite 65.2 4334.7 71,
+    gopher 257.6 2412.5 627, gravitar 173 3351.4 6, hero 1027 30826.4 201, ice_hockey -11.2 0.9 2,
+    jamesbond 29 302.8 17, kangaroo 52 3035 74, krull 1598 2665.5 741,
+    kung_fu_master 258.5 22736.3 275, montezuma_revenge 0 4753.3 -, ms_pacman 307.3 6951.6 403,
+    name_this_game 2292.3 8049 640, phoenix 761.4 7242.6 67, pitfall -229.4 6463.7 -,
+    pong -20.7 14.6 21, pooyan - - 427, private_eye 24.9 69571.3 -, qbert 163.9 13455 588,
+    riverraid 1338.5 17118 250, road_runner 11.5 7845 217, robotank 2.2 11.9 73,
+    seaquest 68.4 42054.7 315, skiing -17098.1 -4336.9 -, solaris 1236.3 12326.7 -,
+    space_invaders 148 1668.7 318, star_gunner 664 10250 261, surround -10 6.5 -,
+    tennis -23.8 -8.3 -, time_pilot 3568 5229.2 24, tutankham 11.4 167.6 -,
+    up_n_down 533.4 11693.2 246, venture 0 1187.5 -, video_pinball 16256.9 17667.9 1078,
+    wizard_of_wor 563.5 4756.5 46, yars_revenge 3092.9 54576.9 207, zaxxon 32.5 9173.3 30"""
+# random and reference in the order of reference_table(): robots, objects, obstacles, objectives
+_COMPOSUITE_SCORES = """\
+    34.2943 422.6896 38.436 423.2112 22.2564 392.7056 19.4895 414.214 9.1711 417.9734
+    32.7633 372.0507 31.2831 388.9835 10.9236 411.6396 43.9642 392.528 41.9162 387.2439
+    12.3437 355.1942 10.077 377.3615 12.1884 407.7422 40.764 402.1152 10.3803 369.3631
+    8.8909 394.6256 19.8469 408.9983 31.3429 403.705 17.9913 360.1213 31.5699 389.3736
+    13.7382 398.5261 17.2815 358.6089 13.7079 358.069 31.6533 384.8889 6.4959 375.7194
+    42.0848 372.8149 44.5049 332.6358 32.2144 358.2904 10.683 391.7573 9.4897 389.1574
+    44.0715 341.2852 31.0994 365.8652 16.1579 414.3734 8.5393 407.4024 17.6037 374.8415
+    5.6109 397.7719 17.8362 408.5447 10.9814 376.582 12.235 372.4099 11.8227 400.2317
+    6.6643 381.6441 11.5567 373.6541 5.4965 349.4955 11.1007 366.6993 12.6105 396.0394
+    12.883 395.6757 11.4958 351.4135 16.4352 379.8558 14.9898 422.507 19.8047 420.6052
+    17.2876 403.8859 15.6829 413.8112 6.3764 419.541 17.0836 378.3529 19.8792 403.9416
+    10.0154 403.7551 12.4441 386.7481 24.2423 381.1122 16.4937 343.6018 13.0273 369.7449
+    7.4666 406.4884 37.1698 400.5991 22.6392 364.1277 13.383 390.5933 10.6097 380.3599
+    34.9191 386.1124 13.5463 348.9094 11.1733 377.2025 10.4602 372.9176 22.5953 321.1584
+    28.1746 348.0137 11.7735 369.816 2.0693 366.4434 39.5665 361.8412 29.5737 330.9081
+    10.2635 348.2585 8.8292 371.855 35.5941 369.6819 8.4777 330.0855 24.9974 350.9608
+    56.2307 355.6125 26.4615 356.8932 49.8153 325.7801 30.3643 341.4949 107.952 348.9397
+    15.047 295.2301 58.5558 322.3699 29.7935 339.696 21.2415 348.8272 10.2356 340.2007
+    39.8351 304.0632 24.3902 325.079 11.0959 347.2706 14.5793 337.6736 54.9856 296.5891
+    30.5 325.5367 17.8849 366.7162 9.8736 367.8203 11.0834 342.9441 12.4709 362.5799
+    20.4602 358.3443 12.5549 327.3481 14.4472 334.1012 18.3085 347.8802 19.644 353.0497
+    13.168 341.8283 13.0975 323.689 7.292 337.2096 10.4849 355.2842 15.6346 348.5868
+    8.7829 319.127 8.051 334.6109 28.6506 378.2476 16.4941 381.7607 15.0291 346.1891
+    11.1675 362.976 13.9411 362.3539 16.6002 322.2183 7.6225 339.0533 29.6536 355.6227
+    11.9709 356.0208 18.5165 353.3318 11.1222 318.0287 17.7145 337.9608 8.5119 363.9757
+    19.5258 360.565 9.6975 321.8891 9.2933 342.2538 38.4416 425.4009 30.0559 428.0315
+    18.2475 389.364 6.9692 415.2254 17.8266 415.1603 24.6329 373.9586 13.6893 385.2776
+    8.3963 409.4071 14.6282 408.9602 7.399 396.5578 13.3729 366.5801 10.883 389.944
+    8.3143 413.1352 1.2927 405.5613 7.9664 366.0194 7.6667 395.7307 48.5357 401.8801
+    20.8669 405.8568 37.2735 363.8753 42.9124 390.6068 19.3837 393.442 13.1288 355.5746
+    28.4337 355.2201 32.6547 386.5341 14.0273 383.0844 36.5199 383.6134 7.4872 339.1107
+    38.2474 372.15 11.0238 388.9163 19.5603 386.0225 8.6434 336.2771 18.9259 373.2451
+    20.5777 411.8783 32.003 407.4045 19.3038 376.0602 7.4133 395.1252 23.7958 406.7204
+    15.4011 369.438 12.0883 373.31 6.1659 399.722 10.8501 396.2977 8.7078 393.791 17.9693 363.9405
+    5.8734 378.2037 6.8484 398.0574 26.0772 394.4429 13.871 370.975 13.1361 382.8602
+    12.4409 422.8646 20.102 418.2462 7.7897 404.0659 12.2294 415.3324 22.4748 413.5353
+    18.8628 369.8759 20.8917 404.2996 10.6612 396.6298 10.6141 396.7687 4.3734 398.4861
+    5.5156 350.2031 12.6474 379.065 17.7919 402.5087 27.6849 397.4564 30.8403 375.4196
+    8.393 379.6972 10.1489 402.7562 35.4139 397.4014 12.817 357.7363 18.9648 392.7072
+    11.3912 391.9168 34.7895 300.7138 32.9995 352.3642 14.9617 392.5051 17.2628 329.0957
+    8.7999 328.241 11.8494 300.808 9.1216 315.0218 1.4694 338.1854 25.8325 330.4575
+    30.8648 297.7375 12.8595 323.1698 31.5137 373.9502 21.1857 373.3488 50.2999 329.6797
+    17.7564 372.779 22.6342 360.2449 19.7563 265.7354 25.9432 324.7186 22.7508 357.7439
+    21.0527 303.0532 17.5614 309.5276 26.4273 283.3508 22.4707 284.3753 28.006 313.7836
+    19.7928 320.4766 20.7777 280.836 19.4364 294.1954 19.51 380.8439 23.2818 385.475
+    11.7839 341.5723 12.8828 367.6216 14.482 377.3351 9.685 348.3908 10.0223 340.3288
+    13.4391 367.3199 17.262 314.5126 19.2525 307.8281 8.1509 312.9323 12.1427 293.2389
+    14.8556 318.9778 11.0653 321.3536 16.4306 277.7495 11.0588 303.8733 10.6354 397.2718
+    21.0601 399.9587 15.2793 349.8202 7.6515 382.1819 12.6573 389.1634 9.8277 360.0789
+    21.3369 348.1734 10.0555 378.0457 6.6202 329.384 24.7741 322.4837 18.2482 312.36
+    13.6362 308.0545 8.4047 345.2379 18.8042 330.8746 7.3328 289.9606 12.1934 331.1017"""
+# 0 and 1 for all; I, S, U: also on IIWA, Sawyer and UR5e (only Sawyer's have a reference)
+_MIMICGEN_TASKS = """\
+    CoffeePreparation_D0, CoffeePreparation_D1, Coffee_D0 ISU, Coffee_D1 ISU, Coffee_D2 IU,
+    HammerCleanup_D0 ISU, HammerCleanup_D1 ISU, Kitchen_D0 IU, Kitchen_D1 U, MugCleanup_D0 I,
+    MugCleanup_D1 IU, NutAssembly_D0 ISU, PickPlace_D0 ISU, Square_D0 ISU, Square_D1 ISU,
+    Square_D2, StackThree_D0 ISU, StackThree_D1 ISU, Stack_D0 ISU, Stack_D1 ISU, Threading_D0 ISU,
+    Threading_D1 ISU, ThreePieceAssembly_D0 ISU, ThreePieceAssembly_D1 ISU, Threading_D2,
+    ThreePieceAssembly_D2 ISU"""
+
+_REFERENCES = {     # domain: (rows, suffix of today's names, kind of reference)
+    "metaworld": (_METAWORLD_SCORES, "-v3", "data maximum"),      # measured on v2
+    "dmcontrol": (_DMCONTROL_SCORES, "", "data mean"),
+    "procgen": (_PROCGEN_SCORES, "", "data mean"),
+    "atari": (_ATARI_SCORES, "", "human"),
+}
+
+
+@functools.cache
+def reference_table():
+    """The tables above as {task: (random, reference, target return, kind)}; see reference_scores."""
+    number = lambda text: None if text == "-" else float(text)
+    table = {}
+    for domain, (rows, suffix, kind) in _REFERENCES.items():
+        for row in rows.split(","):
+            name, random, reference, *target = row.split()
+            table[f"{domain}/{name}{suffix}"] = (number(random), number(reference),
+                                                 number(*target or [reference]), kind)
+    numbers = iter(map(float, _COMPOSUITE_SCORES.split()))
+    for parts in itertools.product(("IIWA", "Jaco", "Kinova3", "Panda"),
+                                   ("Box", "Dumbbell", "Plate", "Hollowbox"),
+                                   ("None", "GoalWall", "ObjectDoor", "ObjectWall"),
+                                   ("PickPlace", "Push", "Shelf", "Trashcan")):
+        random, reference = next(numbers), next(numbers)
+        name = "composuite/" + "_".join(parts)
+        table[name] = random, reference, reference, "data maximum"
+    for row in _MIMICGEN_TASKS.split(","):
+        name, *robots = row.split()
+        table[f"mimicgen/{name}"] = 0.0, 1.0, 1.0, "data maximum"
+        for robot in ("IIWA", "Sawyer", "UR5e"):
+            if robots and robot[0] in robots[0]:
+                ends = (0.0, 1.0) if robot == "Sawyer" else (None, None)
+                table[f"mimicgen/{name}-{robot}"] = *ends, 1.0, "data maximum"
+    return table
+
+
+def reference_scores(task):
+    """The paper's numbers for "domain/task": (random, reference, target return, kind), or None.
+
+    kind: "human", "data maximum" or "data mean". Numbers may be None: carnival, pooyan and Mimicgen
+    on IIWA and UR5e have a target but no reference, and some games a reference but no target.
+    Targets of Atari count clipped rewards.
+    """
+    return reference_table().get(task)
+
+
 # ------------------------------------------------------------------------------------------ scores
-def normalise(returns, card):
+def anchors(task, card, by="data"):
+    """The returns that score 0 and 1: (random, reference, reason); reason says why there is none.
+
+    by: "data" takes the card's (here: the random policy and the mean of the expert), "public" the
+    paper's table (see reference_scores), "human" the table for Atari and the card for the others.
+    """
+    random, reference = card.get("random_score"), card.get("reference_score")
+    if by == "public" or by == "human" and task.startswith("atari/"):
+        random, reference, *_ = reference_scores(task) or (None, None)
+    if random is None or reference is None:
+        return random, reference, "no reference"
+    if not reference > random:
+        return random, reference, f"reference {reference:.4g} not above random {random:.4g}"
+    return random, reference, None
+
+
+def normalise(returns, random, reference):
     """Raw returns -> score: 0 the random policy, 1 the reference."""
-    span = card["reference_score"] - card["random_score"]
-    return (np.asarray(returns, np.float64) - card["random_score"]) / span
+    return (np.asarray(returns, np.float64) - random) / (reference - random)
 
 
 def bootstrap_interval(groups, statistic, draws=2000, seed=0):
-    """95 % interval of statistic(groups), each of the arrays redrawn within itself (stratified)."""
+    """95 % interval of statistic(groups), each of the arrays redrawn within itself (stratified).
+
+    statistic: arrays (..., episodes) -> (...); it is given 100 draws at a time, (100, episodes).
+    """
     rng = np.random.default_rng(seed)
-    values = [statistic([rng.choice(g, len(g)) for g in groups]) for _ in range(draws)]
+    draw = lambda: statistic([rng.choice(g, (100, len(g))) for g in groups])
+    values = [draw() for _ in range(draws // 100)]
     return [float(x) for x in np.percentile(values, [2.5, 97.5])]
 
 
 def mean_over_domains(groups, domains):
-    """Scores of each task (a list of arrays) -> mean over episodes, then tasks, then domains."""
+    """Scores of tasks, arrays (..., episodes) -> mean over episodes, then tasks, then domains."""
     by_domain = {}
     for scores, domain in zip(groups, domains):
-        by_domain.setdefault(domain, []).append(scores.mean())
-    return float(np.mean([np.mean(tasks) for tasks in by_domain.values()]))
+        by_domain.setdefault(domain, []).append(scores.mean(-1))
+    return np.mean([np.mean(tasks, axis=0) for tasks in by_domain.values()], axis=0)
 
 
 def interquartile_mean(groups):
     """Mean of the middle half of all episodes: robust against single disasters and records."""
-    x = np.sort(np.concatenate(groups))
-    cut = len(x) // 4
-    return float(x[cut:len(x) - cut].mean())
+    x = np.sort(np.concatenate(groups, axis=-1))
+    cut = x.shape[-1] // 4
+    return x[..., cut:x.shape[-1] - cut].mean(-1)
 
 
-def summarise(results):
-    """{task: {"returns", "card"}} -> the content of scores.json: by task, by domain, overall."""
+def summarise(results, by="data"):
+    """{task: result} of play() -> the content of scores.json: by task, by domain, overall.
+
+    by: see anchors. A task without anchors stands with its raw return, `score` None and the reason
+    in `unscored`; like the failed ones (`failed`: {task: reason}) it is in no mean. "domains",
+    "mean_over_domains", "interval" and "interquartile_mean" are of the tasks trained on, those of
+    the held-out ones stand apart in "heldout".
+    """
+    failed = {task: r["failed"] for task, r in results.items() if "failed" in r}
     tasks, groups = {}, {}
     for task, result in results.items():
-        card = result["card"]
-        scores = groups[task] = normalise(result["returns"], card)
-        low, high = bootstrap_interval([scores], lambda g: g[0].mean())
-        tasks[task] = {
-            "score": float(scores.mean()), "interval": [low, high], "episodes": len(scores),
-            "mean_return": float(np.mean(result["returns"])), "success": result.get("success"),
-            "random_return": card["random_score"], "reference_return": card["reference_score"],
-            "heldout": card["heldout"], "target_return": card["target_return"],
-            "best_constant_action": result.get("constant"),
-        }
-        if result.get("constant"):
-            tasks[task]["constant_score"] = float(
-                normalise(result["constant"]["mean_return"], card)
-            )
-    trained = [t for t in tasks if not tasks[t]["heldout"]]
-    summary = {"tasks": tasks}
-    if trained:
-        chosen, domains = [groups[t] for t in trained], [t.split("/")[0] for t in trained]
-        within = lambda domain: [g.mean() for g, d in zip(chosen, domains) if d == domain]
-        summary["domains"] = {d: float(np.mean(within(d))) for d in dict.fromkeys(domains)}
-        summary["mean_over_domains"] = mean_over_domains(chosen, domains)
-        summary["interval"] = bootstrap_interval(
-            chosen, partial(mean_over_domains, domains=domains)
-        )
-        summary["interquartile_mean"] = interquartile_mean(chosen)
+        if task not in failed:
+            tasks[task], groups[task] = _task_row(task, result, by)
+    summary = {"tasks": tasks, "normalised_by": by, "failed": failed}
+    chosen = lambda heldout: {t: g for t, g in groups.items()
+                              if g is not None and tasks[t]["heldout"] == heldout}
+    summary.update(_means(chosen(False)))
+    if chosen(True):
+        summary["heldout"] = _means(chosen(True))
     return summary
 
 
+def _task_row(task, result, by):
+    """One task's row of scores.json and its scores, None where there is nothing to scale by."""
+    card, returns = result["card"], np.asarray(result["returns"], np.float64)
+    random, reference, reason = anchors(task, card, by)
+    low, high = bootstrap_interval([returns], lambda g: g[0].mean(-1))
+    row = {
+        "score": None, "interval": None, "episodes": len(returns),
+        "mean_return": float(returns.mean()), "return_interval": [low, high],
+        "success": result.get("success"), "random_return": random, "reference_return": reference,
+        "above_random": None if random is None else low > random,
+        "heldout": card["heldout"], "target_return": card["target_return"],
+        "best_constant_action": result.get("constant"),
+    }
+    if reason:
+        return {**row, "unscored": reason}, None
+    scale = partial(normalise, random=random, reference=reference)
+    row["score"] = float(scale(returns).mean())
+    row["interval"] = scale([low, high]).tolist()
+    if result.get("constant"):
+        row["constant_score"] = float(scale(result["constant"]["mean_return"]))
+    return row, scale(returns)
+
+
+def _means(groups):
+    """{task: scores} -> means with intervals, of each domain and over domains; {} without tasks."""
+    if not groups:
+        return {}
+    domain_of = lambda task: task.split("/")[0]
+    domains, rows = [domain_of(task) for task in groups], {}
+    for domain in dict.fromkeys(domains):
+        part = [scores for task, scores in groups.items() if domain_of(task) == domain]
+        rows[domain] = _mean_row(part, partial(mean_over_domains, domains=[domain] * len(part)))
+    over = _mean_row(list(groups.values()), partial(mean_over_domains, domains=domains))
+    return {"domains": {d: row["mean"] for d, row in rows.items()}, "domain_scores": rows,
+            "mean_over_domains": over.pop("mean"), **over}
+
+
+def _mean_row(groups, mean):
+    low, high = bootstrap_interval(groups, mean)
+    return {"mean": float(mean(groups)), "interval": [low, high],
+            "interquartile_mean": float(interquartile_mean(groups)),
+            "interquartile_interval": bootstrap_interval(groups, interquartile_mean),
+            "above_random": low > 0, "scored_tasks": len(groups),
+            "scored_episodes": sum(map(len, groups))}
+
+
 def format_table(summary):
-    """The summary as a table for people."""
-    heading = f"{'task':<34}{'return':>9}{'random':>9}{'expert':>9}{'score':>8}"
-    lines = [heading + f"   95 % interval  {'constant':>9}"]
-    for task, row in summary["tasks"].items():
-        constant = f"{row['constant_score']:.2f}" if "constant_score" in row else ""
-        low, high = row["interval"]
-        name = task + (" (held out)" if row["heldout"] else "")
-        lines.append(
-            f"{name:<34}{row['mean_return']:>9.1f}{row['random_return']:>9.1f}"
-            f"{row['reference_return']:>9.1f}{row['score']:>8.2f}   {low:>5.2f} to {high:<5.2f} "
-            f"{constant:>9}"
-        )
-    if "mean_over_domains" in summary:
-        lines += ["", "  ".join(f"{d} {s:.2f}" for d, s in summary["domains"].items())]
-        low, high = summary["interval"]
-        lines.append(
-            f"mean over domains {summary['mean_over_domains']:.3f} ({low:.3f} to {high:.3f}), "
-            f"interquartile mean over episodes {summary['interquartile_mean']:.3f}; "
-            "1 = expert, 0 = random; held-out tasks not in the means"
-        )
-    return "\n".join(lines)
+    """The summary as a table for people: tasks trained on, held-out tasks, means of each."""
+    tasks = summary["tasks"]
+    width = max(map(len, (*tasks, "interquartile mean over episodes"))) + 2
+    number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
+    span = lambda ends: f"{ends[0]:.2f} to {ends[1]:.2f}" if ends else "-"
+    yes = {True: "yes", False: "no", None: "-"}
+    lines = []
+    for heldout, title in ((False, "task"), (True, "held-out task (zero-shot)")):
+        rows = {t: row for t, row in tasks.items() if row["heldout"] == heldout}
+        if not rows:
+            continue
+        lines += [f"{title:<{width}}{'return':>9}{'random':>9}{'reference':>10}{'score':>7}"
+                  f"{'95 % interval':>16}{'above random':>14}{'constant':>10}"]
+        for task, row in rows.items():
+            constant = number(row["constant_score"], 2) if "constant_score" in row else ""
+            lines.append(
+                f"{task:<{width}}{number(row['mean_return']):>9}{number(row['random_return']):>9}"
+                f"{number(row['reference_return']):>10}{number(row['score'], 2):>7}"
+                f"{span(row['interval']):>16}{yes[row['above_random']]:>14}{constant:>10}".rstrip())
+        lines += ["", *_format_means(summary.get("heldout", {}) if heldout else summary, width)]
+    unscored = {t: row["unscored"] for t, row in tasks.items() if "unscored" in row}
+    lines += [f"{t}: raw return only, in no mean ({why})" for t, why in unscored.items()]
+    lines += [f"{t} failed: {why}" for t, why in summary["failed"].items()]
+    lines += [f"{len(summary['failed'])} tasks failed"] if summary["failed"] else []
+    scale = {"data": "the card's reference", "public": "the paper's reference",
+             "human": "a human (Atari) or the card's reference"}[summary["normalised_by"]]
+    return "\n".join([*lines, f"0 = the random policy, 1 = {scale}"])
 
 
+def _format_means(means, width):
+    """Lines for the means over domains of _means(), with an empty one at the end."""
+    if not means:
+        return []
+    rows = {**means["domain_scores"],
+            "mean over domains": {**means, "mean": means["mean_over_domains"]}}
+    lines = [f"{'domain':<{width}}{'tasks':>9}{'episodes':>9}{'mean':>10}{'95 % interval':>23}"
+             f"{'above random':>14}   interquartile mean"]
+    for name, row in rows.items():
+        (low, high), (iq_low, iq_high) = row["interval"], row["interquartile_interval"]
+        span = f"{low:.3f} to {high:.3f}"
+        lines.append(f"{name:<{width}}{row['scored_tasks']:>9}{row['scored_episodes']:>9}"
+                     f"{row['mean']:>10.3f}{span:>23}"
+                     f"{'yes' if row['above_random'] else 'no':>14}   "
+                     f"{row['interquartile_mean']:.3f} ({iq_low:.3f} to {iq_high:.3f})")
+    return [*lines, ""]
+
+
+# -------------------------------------------------------------------------------- jobs in parallel
+def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None):
+    """Do jobs in several processes at once; yields (job, result) in the order in which they end.
+
+    start() is called once in each process and returns do(job, advance) -> result; start, jobs and
+    results are pickled. The result is an Exception where do() raised one, where its process died (a
+    simulator that crashes) and where it neither ended nor reported a step for `timeout` seconds
+    (one that hangs); its process is replaced, the other jobs go on. Steps that do() reports through
+    its advance(steps) reach ours about twice a second. Leaving the loop early kills what runs.
+    """
+    context, waiting = multiprocessing.get_context("spawn"), list(reversed(jobs))
+    workers = {}                            # our end of the pipe: [process, job, last sign of life]
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < processes:
+                job, (ours, theirs) = waiting.pop(), context.Pipe()
+                process = context.Process(target=_worker, args=(theirs, start, job), daemon=True)
+                process.start()
+                theirs.close()              # so that its death closes the pipe
+                workers[ours] = [process, job, time.monotonic()]
+            for pipe in multiprocessing.connection.wait(list(workers), timeout=1.0):
+                process, job, _ = workers[pipe]
+                try:
+                    steps, over, result = pipe.recv()
+                except (EOFError, OSError):
+                    process.join(5)
+                    process.kill()          # where it hangs on its way out
+                    process.join()
+                    steps, over, result = 0, True, _death(process.exitcode)
+                advance(steps)
+                workers[pipe][2] = time.monotonic()
+                if not over:
+                    continue
+                if process.is_alive() and waiting:
+                    workers[pipe][1] = waiting.pop()
+                    with contextlib.suppress(OSError):     # a death is seen when it is read from
+                        pipe.send(workers[pipe][1])
+                else:
+                    workers.pop(pipe)
+                    pipe.close()            # tells the process to end
+                yield job, result
+            for pipe, (process, job, seen) in list(workers.items()):
+                if time.monotonic() - seen > timeout and not pipe.poll():
+                    process.kill()
+                    workers.pop(pipe)
+                    pipe.close()
+                    yield job, RuntimeError(f"no step for {timeout:g} s: its process hung, killed")
+    finally:
+        for process, *_ in workers.values():
+            process.kill()
+
+
+def _death(exitcode):
+    """What happened to a process that ended without a result."""
+    how = f"exit code {exitcode}" if exitcode >= 0 else signal.Signals(-exitcode).name
+    return RuntimeError(f"its process died ({how}): the simulator crashed, or memory ran out")
+
+
+def _worker(pipe, start, job):
+    """One process of run_jobs: jobs come through the pipe; back go (steps, over, result)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # the parent answers Ctrl-C: it kills us
+    warnings.filterwarnings("ignore")                      # they would tear the progress bar
+    do, steps, told = start(), 0, time.monotonic()
+
+    def advance(n):
+        nonlocal steps, told
+        steps += n
+        if time.monotonic() - told > 0.5:                  # not at each of thousands of steps
+            pipe.send((steps, False, None))
+            steps, told = 0, time.monotonic()
+    while True:
+        try:
+            result = do(job, advance)
+        except (Exception, SystemExit) as error:
+            result = _failure(error)
+        try:
+            pipe.send((steps, True, result))
+            job, steps = pipe.recv(), 0
+        except (EOFError, OSError):                        # nothing left, or nobody to do it for
+            return
+
+
+def _failure(error):
+    """An exception -> one that can be pickled, with its kind and place in the message.
+
+    A plain OSError, which is what a full disk raises, stays one.
+    """
+    if type(error) in (SystemExit, OSError):
+        return (OSError if type(error) is OSError else RuntimeError)(str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return RuntimeError(f"{type(error).__name__}: {error} ({Path(place.filename).name}, "
+                        f"line {place.lineno})")
+
+
+# -------------------------------------------------------------------------------------- evaluation
 def score_task(
     model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None
 ):
@@ -608,40 +961,51 @@ def score_task(
               "success": float(np.mean([e.success for e in played]))}
     if card.get("constant"):            # what a policy that ignores the observation can reach
         action = card["constant"]["action"]
-        returns = [e.rewards.sum() for e in play(partial(constant_policy, action=action))]
+        idle = lambda steps: advance(0)                    # a sign of life: the bar counts agents
+        returns = [e.rewards.sum() for e in play(partial(constant_policy, action=action),
+                                                 advance=idle)]
         result["constant"] = {"action": action, "mean_return": float(np.mean(returns))}
     return result
 
 
-def _score_in_worker(weights, config, *args):
-    """score_task in a process of its own, on one thread."""
+def _load_player(weights, config):
+    """In a worker: the model, on one thread, as do() of run_jobs; jobs: arguments of score_task."""
     import torch
     from lram import LRAM
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
     model = LRAM(config)
     model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
-    return score_task(model, *args)
+    return lambda job, advance: score_task(model, *job, advance)
 
 
-def evaluate(
-    model,
-    cards,
-    episodes=None,
-    seed=EVALUATION_SEED,
-    num_envs=20,
-    quiet=False,
-    processes=None,
-    **agent_options,
-):
-    """Score a model on the tasks of cards ({task: card}); returns the content of scores.json.
-
-    agent_options go to lram.Agent (context, temperature, target_return). A task whose simulator is
-    missing is named and left out. processes: tasks played side by side, one thread each (default:
-    as many as there are cores where the model is on the CPU and the work is worth starting
-    processes).
-    """
+def _score_jobs(model, jobs, processes, timeout, advance):
+    """score_task for each of jobs, here or in processes; yields (task, result or Exception)."""
     import torch
+    if processes > 1:
+        weights = io.BytesIO()
+        torch.save(model.state_dict(), weights)
+        start = partial(_load_player, weights.getvalue(), model.config)
+        for job, result in run_jobs(jobs, processes, start, timeout, advance):
+            yield job[0], result
+        return
+    for job in jobs:
+        try:
+            yield job[0], score_task(model, *job, advance)
+        except (Exception, SystemExit) as error:
+            yield job[0], _failure(error)
+
+
+def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=False,
+         processes=None, timeout=600.0, **agent_options):
+    """Play a model on the tasks of cards ({task: card}); returns {task: result} for summarise().
+
+    A result holds "returns", "success", "card" and perhaps "constant"; of a task that failed, which
+    is named at once, "failed" (the reason) and "card". A task whose simulator is missing is named
+    and left out. agent_options go to lram.Agent (context, temperature, target_return). processes:
+    tasks played side by side, one thread each (default: one per core where the model is on the CPU
+    and the work is worth starting processes). Only these survive a simulator that crashes, or hangs
+    for `timeout` seconds; results of several calls can be merged.
+    """
     from tqdm import tqdm
     counts = {t: episodes or split_task(t)[0].episodes for t in cards if not install_line(t)}
     for task in cards.keys() - counts.keys():
@@ -653,47 +1017,24 @@ def evaluate(
     on_cpu = next(model.parameters()).device.type == "cpu"
     worth = on_cpu and len(counts) > 1 and sum(cost.values()) > 20_000
     processes = processes or (min(os.cpu_count() or 1, 8) if worth else 1)
+    longest_first = sorted(counts, key=cost.get, reverse=True)
+    jobs = [(task, cards[task], counts[task], seed, num_envs, agent_options)
+            for task in (longest_first if processes > 1 else counts)]
     results = dict.fromkeys(counts)
-    with tqdm(
-        total=sum(cost.values()),
-        desc="evaluate",
-        unit="step",
-        unit_scale=True,
-        disable=quiet,
-        leave=False,
-        mininterval=0.5,
-    ) as bar:
-        if processes == 1:
-            for task, n in counts.items():
-                bar.set_postfix_str(task)
-                results[task] = score_task(
-                    model, task, cards[task], n, seed, num_envs, agent_options, bar.update
-                )
-            return summarise(results)
-        weights = io.BytesIO()
-        torch.save(model.state_dict(), weights)
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            longest_first = sorted(counts, key=cost.get, reverse=True)
-            futures = {
-                pool.submit(
-                    _score_in_worker,
-                    weights.getvalue(),
-                    model.config,
-                    task,
-                    cards[task],
-                    counts[task],
-                    seed,
-                    num_envs,
-                    agent_options,
-                ): task
-                for task in longest_first
-            }
-            for future in as_completed(futures):
-                task = futures[future]
-                results[task] = future.result()
-                bar.set_postfix_str(task)
-                bar.update(cost[task])
-    return summarise(results)
+    with tqdm(total=sum(cost.values()), desc="evaluate", unit="step", unit_scale=True,
+              disable=quiet, leave=False, mininterval=0.5) as bar:
+        for task, result in _score_jobs(model, jobs, processes, timeout, bar.update):
+            bar.set_postfix_str(task)
+            if isinstance(result, Exception):
+                tqdm.write(f"{task} failed: {result}", file=sys.stderr)
+                result = {"failed": str(result), "card": cards[task]}
+            results[task] = result
+    return results
+
+
+def evaluate(model, cards, *args, by="data", **options):
+    """play() and summarise(): score a model on the tasks of cards; the content of scores.json."""
+    return summarise(play(model, cards, *args, **options), by)
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -809,15 +1150,35 @@ def export(model, cards, path, compiled, seed=EVALUATION_SEED, **agent_options):
           f"{plain_ms:.2f} -> {our_ms:.2f} ms a step (median)")
 
 
-def record_video(agent, task, path, seed=EVALUATION_SEED):
-    """One episode as an animated GIF (for MuJoCo this needs an OpenGL library)."""
+def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
+    """One episode of a policy of rollout() as an animated GIF (MuJoCo needs an OpenGL library)."""
     from PIL import Image
-    env = _FrameGrabber(make_env(task, render=True))
-    (episode,) = rollout(lambda: env, partial(agent_policy, agent=agent), [seed], keep_states=False)
+    try:
+        env = _FrameGrabber(make_env(task, render=True, limit=limit))
+        (episode,) = rollout(lambda: env, make_policy, [seed], keep_states=False)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if task.split("/")[0] in ("darkroom", "atari", "procgen"):
+            raise                                          # these draw without OpenGL
+        raise SystemExit(f"{task}: no picture ({error}). MuJoCo draws with MUJOCO_GL=egl (apt-get "
+                         "install libegl1), osmesa (libosmesa6) or glfw (a desktop)") from None
     frames = [Image.fromarray(frame) for frame in env.frames]
     duration = max(20, 2000 // env.metadata.get("render_fps", 30))
+    path.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     print(f"wrote {path}: {task}, {len(frames)} frames, return {episode.rewards.sum():.1f}")
+
+
+def show_world(args):
+    """--video of the expert that makes the data, or of the random policy: needs no checkpoint."""
+    if args.video is None or len(args.tasks) != 1:
+        raise SystemExit(f"--policy {args.policy} shows a world; for example: --video world.gif "
+                         f"--tasks atari/pong --policy {args.policy}")
+    (task,), make_policy, limit = args.tasks, random_policy, None
+    if args.policy == "expert":
+        from data import expert_policy, recipe_of
+        make_policy = partial(expert_policy, expert=recipe_of(task).expert)
+        limit = recipe_of(task).limit
+    return record_video(make_policy, task, args.video, args.seed, limit)
 
 
 @dataclass
@@ -841,6 +1202,11 @@ class Args:
     """Environments stepped together."""
     processes: int | None = None
     """Tasks played side by side on a CPU (default: one per core)."""
+    timeout: float = 600.0
+    """Seconds without a step after which a task played beside others counts as hung."""
+    normalise: Literal["data", "public", "human"] = "data"
+    """What scores 0 and 1: the card's random policy and expert, the paper's table, or the table for
+    Atari (human) and the card for the rest."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
@@ -855,6 +1221,8 @@ class Args:
     """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
     """Record one episode of the first task as an animated GIF and stop."""
+    policy: Literal["agent", "expert", "random"] = "agent"
+    """Whose episode --video shows; expert and random need no checkpoint."""
     compare: tuple[Path, ...] = ()
     """Instead of scoring: a table of several runs' scores.json (with --output also a picture)."""
     list: bool = False
@@ -862,8 +1230,14 @@ class Args:
 
 
 def compare(paths, output):
-    """Several scores.json -> a Markdown table on stdout, and a picture if output is given."""
-    runs = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    """Several scores.json -> a Markdown table on stdout, and a picture if output is given.
+
+    A file may also hold several runs, {name: content of a scores.json}.
+    """
+    runs = {}
+    for path in paths:
+        content = json.loads(path.read_text())
+        runs.update({path.parent.name: content} if "tasks" in content else content)
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
     print(
         "| task | "
@@ -874,20 +1248,33 @@ def compare(paths, output):
     )
     for task in tasks:
         rows = [run["tasks"].get(task) for run in runs.values()]
-        cells = [
-            f"{r['score']:.2f} ({r['interval'][0]:.2f} to {r['interval'][1]:.2f})" if r else "-"
-            for r in rows
-        ]
+        cells = [_compare_cell(row) for row in rows]
         constant = next(
             (f"{r['constant_score']:.2f}" for r in rows if r and "constant_score" in r), ""
         )
         held = " (held out)" if any(r and r["heldout"] for r in rows) else ""
         print(f"| {task}{held} | " + " | ".join(cells) + f" | {constant} |")
-    means = [f"**{r['mean_over_domains']:.3f}** ({r['interval'][0]:.3f} to {r['interval'][1]:.3f})"
-             for r in runs.values()]
-    print("| **mean over domains** | " + " | ".join(means) + " | |")
-    if output is None:
-        return
+    for name, part in (("mean over domains", lambda run: run),
+                       ("mean over held-out domains", lambda run: run.get("heldout", {}))):
+        means = [part(run) for run in runs.values()]
+        if any("mean_over_domains" in m for m in means):
+            cells = [f"**{m['mean_over_domains']:.3f}** ({m['interval'][0]:.3f} to "
+                     f"{m['interval'][1]:.3f})" if "mean_over_domains" in m else "-" for m in means]
+            print(f"| **{name}** | " + " | ".join(cells) + " | |")
+    if output is not None:
+        draw_comparison(runs, tasks, output)
+
+
+def _compare_cell(row):
+    if not row:
+        return "-"
+    if row["score"] is None:
+        return f"return {row['mean_return']:.1f}"
+    return f"{row['score']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})"
+
+
+def draw_comparison(runs, tasks, output):
+    """Bars with intervals: for each of tasks, and for the mean over domains, one for each run."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -895,10 +1282,12 @@ def compare(paths, output):
     width, x = 0.8 / len(runs), np.arange(len(tasks) + 1)
     for k, (name, run) in enumerate(runs.items()):
         rows = [run["tasks"].get(task) for task in tasks] + [
-            {"score": run["mean_over_domains"], **run}
+            {"score": run.get("mean_over_domains"), **run}
         ]
-        y = np.array([r["score"] if r else np.nan for r in rows])
-        ends = np.array([r["interval"] if r else (np.nan, np.nan) for r in rows]).T
+        rows = [row if row and row["score"] is not None else
+                {"score": np.nan, "interval": (np.nan, np.nan)} for row in rows]
+        y = np.array([row["score"] for row in rows])
+        ends = np.array([row["interval"] for row in rows]).T
         axis.bar(
             x + (k - (len(runs) - 1) / 2) * width,
             y,
@@ -947,6 +1336,8 @@ def main(args):
         return
     if args.compare:
         return compare(args.compare, args.output)
+    if args.policy != "agent":
+        return show_world(args)
     if args.checkpoint is None:
         raise SystemExit(
             "give --checkpoint PATH (python train.py writes runs/<name>/checkpoint.pt), or --list"
@@ -985,16 +1376,17 @@ def main(args):
         model, num_envs, processes = fast, 1, 1
     if args.video:
         task = next(iter(cards))
-        return record_video(
-            Agent(model, cards[task], seed=args.seed, **options), task, args.video, args.seed
-        )
-    summary = evaluate(
-        model, cards, args.episodes, args.seed, num_envs, processes=processes, **options
-    )
+        agent = Agent(model, cards[task], seed=args.seed, **options)
+        return record_video(partial(agent_policy, agent=agent), task, args.video, args.seed,
+                            cards[task].get("limit"))
+    summary = evaluate(model, cards, args.episodes, args.seed, num_envs, processes=processes,
+                       timeout=args.timeout, by=args.normalise, **options)
     print(format_table(summary))
     if args.output:
         args.output.write_text(json.dumps(summary, indent=1))
         print(f"wrote {args.output}")
+    if summary["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
