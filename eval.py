@@ -515,10 +515,10 @@ def agent_policy(envs, agent):
 
 # -------------------------------------------------------------------------------- reference scores
 # What the paper's scores are measured against, one row per task: name, return of the random policy,
-# reference, target return ("-": not known). Where the reference is the maximum of the public data it
-# is the target too (theirs differ by less than 0.001) and "random" is the minimum, as in Procgen.
-# The numbers are those of github.com/ml-jku/LRAM (MIT licence), src/envs/{dn_scores,hn_scores,
-# target_returns}.py at commit a984cdf; Atari's random and human columns come from
+# reference, target return ("-": not known). Where the reference is the maximum of the public data,
+# it is the target too (theirs differ by less than 0.001) and "random" is the minimum, as in
+# Procgen. The numbers are those of github.com/ml-jku/LRAM (MIT licence), commit a984cdf,
+# src/envs/{dn_scores,hn_scores,target_returns}.py; Atari's random and human columns come from
 # github.com/deepmind/dqn_zoo, atari_data.py (Apache-2.0). See LICENSE.
 _METAWORLD_SCORES = """\
     reach 147.103 1905.1068, push 2.0408 1791.2244, pick-place 0.3011 1300.6919,
@@ -578,7 +578,7 @@ _ATARI_SCORES = """\
     tennis -23.8 -8.3 -, time_pilot 3568 5229.2 24, tutankham 11.4 167.6 -,
     up_n_down 533.4 11693.2 246, venture 0 1187.5 -, video_pinball 16256.9 17667.9 1078,
     wizard_of_wor 563.5 4756.5 46, yars_revenge 3092.9 54576.9 207, zaxxon 32.5 9173.3 30"""
-# random and reference in the order of reference_table(): robots, objects, obstacles, objectives
+# random and reference, ordered as in reference_table(): robots, objects, obstacles, objectives
 _COMPOSUITE_SCORES = """\
     34.2943 422.6896 38.436 423.2112 22.2564 392.7056 19.4895 414.214 9.1711 417.9734
     32.7633 372.0507 31.2831 388.9835 10.9236 411.6396 43.9642 392.528 41.9162 387.2439
@@ -826,7 +826,8 @@ def format_table(summary):
     unscored = {t: row["unscored"] for t, row in tasks.items() if "unscored" in row}
     lines += [f"{t}: raw return only, in no mean ({why})" for t, why in unscored.items()]
     lines += [f"{t} failed: {why}" for t, why in summary["failed"].items()]
-    lines += [f"{len(summary['failed'])} tasks failed"] if summary["failed"] else []
+    if failed := len(summary["failed"]):
+        lines.append(f"{failed} task{'s' * (failed > 1)} failed")
     scale = {"data": "the card's reference", "public": "the paper's reference",
              "human": "a human (Atari) or the card's reference"}[summary["normalised_by"]]
     return "\n".join([*lines, f"0 = the random policy, 1 = {scale}"])

@@ -391,7 +391,10 @@ class Agent:
         obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
         inputs = [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
         run = {"carry": self._carry, "window": self._window, "stagger": self._stagger}[self.context]
-        self.logits = run(*inputs, torch.as_tensor(done, device=self.device))
+        # without a row to restart, the state need not be copied (a fifth of a small batch's time);
+        # the compiled policy restarts rows inside its one function
+        restart = done.any() or isinstance(self.model, FastPolicy)
+        self.logits = run(*inputs, torch.as_tensor(done, device=self.device) if restart else None)
         action = self._decode(self.logits)
         self.last_action = action_rows(action)
         return action
@@ -413,7 +416,7 @@ class Agent:
 
     def _window(self, obs, reward, rtg, last, done):
         # each row's last C steps, from the left; right of the newest nothing is seen (causality)
-        C, B = self.config.context, len(done)
+        C, B = self.config.context, len(obs)
         if self.window is None:
             self.window = [torch.zeros(B, C, *x.shape[1:], dtype=x.dtype, device=x.device)
                            for x in (obs, reward, rtg, last)]

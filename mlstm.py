@@ -152,7 +152,7 @@ def mlstm_parallel(q, k, v, i, f, state=None, final_state=True):
     n_new = weighted_k.sum(-2)
     if not fresh:
         kept = torch.exp(b[..., -1] + m - m_t[..., -1])             # (B, H)
-        C_new, n_new = kept[..., None, None] * C + C_new, kept[..., None] * n + n_new
+        C_new, n_new = torch.addcmul(C_new, kept[..., None, None], C), kept[..., None] * n + n_new
     return h.to(dtype), (C_new, n_new, m_t[..., -1])
 
 

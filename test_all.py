@@ -1755,13 +1755,178 @@ def test_scores():
     assert summary["mean_over_domains"] == 0.4375           # held out: not in the means
     low, high = summary["interval"]
     assert low < 0.4375 < high
+    assert summary["heldout"]["domains"] == {"b": 12.25}    # but in means of their own
+    assert summary["heldout"]["domain_scores"]["b"]["interval"] == [12.25, 12.25]
+    assert summary["domain_scores"]["b"]["interquartile_mean"] == 0.0       # the record is cut off
+    low, high = summary["domain_scores"]["a"]["interval"]
+    assert low == summary["tasks"]["a/y"]["interval"][0] / 2 + 0.5 == 0.5   # x is always 1
+    assert [row["above_random"] for row in summary["tasks"].values()] == [True, False, False, True]
     scipy_stats = pytest.importorskip("scipy.stats")
     scores = np.random.RandomState(0).normal(size=203)
     assert np.isclose(worlds.interquartile_mean([scores[:50], scores[50:]]),
                       scipy_stats.trim_mean(scores, 0.25))
-    low, high = worlds.bootstrap_interval([scores], lambda g: g[0].mean())
+    low, high = worlds.bootstrap_interval([scores], lambda g: g[0].mean(-1))
     exact = scipy_stats.norm.interval(0.95, scores.mean(), scores.std() / len(scores) ** 0.5)
     assert np.allclose([low, high], exact, atol=0.02)
+
+
+def test_scores_without_a_scale():
+    """No reference, or one that is not above random: raw, with the reason, and in no mean."""
+    def result(returns, random, reference, **card):
+        return {"returns": returns,
+                "card": dark_card(reference_score=reference, random_score=random, **card)}
+    results = {"a/fine": result([4.0, 6.0], 0.0, 10.0), "a/zero": result([4.0, 6.0], 3.0, 3.0),
+               "a/below": result([4.0], 8.0, 5.0), "a/none": result([4.0], None, None),
+               "b/none": result([1.0], 1.0, None), "a/broken": {"failed": "it broke", "card": {}}}
+    summary = json.loads(json.dumps(worlds.summarise(results)))
+    assert summary["domains"] == {"a": 0.5} and summary["mean_over_domains"] == 0.5
+    rows = summary["tasks"]
+    assert {t: r["score"] for t, r in rows.items()} == {
+        "a/fine": 0.5, "a/zero": None, "a/below": None, "a/none": None, "b/none": None}
+    assert rows["a/zero"]["unscored"] == "reference 3 not above random 3"
+    assert rows["a/none"]["unscored"] == rows["b/none"]["unscored"] == "no reference"
+    assert rows["a/zero"]["mean_return"] == 5.0 and rows["a/none"]["above_random"] is None
+    assert rows["a/zero"]["above_random"] and not rows["a/below"]["above_random"]
+    table = worlds.format_table(summary)
+    assert "a/broken failed: it broke" in table and "1 task failed" in table
+    assert "a/below: raw return only, in no mean (reference 5 not above random 8)" in table
+    assert worlds.format_table(worlds.summarise({"a/b": {"failed": "it broke"}}))   # nothing else
+    # the same returns by the paper's tables
+    results = {"atari/pong": result([-3.05], -21.0, 21.0),
+               "atari/carnival": result([1.0], 0.0, 2.0),
+               "dmcontrol/walker-run": result([344.794], 0.0, 34.4794, heldout=True)}
+    scores = lambda by: [r["score"] for r in worlds.summarise(results, by)["tasks"].values()]
+    assert np.allclose(scores("data"), [17.95 / 42, 0.5, 10.0])
+    pong, carnival, walker = scores("public")
+    assert np.isclose(pong, 0.5) and carnival is None and walker == 1.0
+    pong, carnival, walker = scores("human")
+    assert np.isclose(pong, 0.5) and carnival is None and np.isclose(walker, 10.0)
+
+
+def test_reference_scores():
+    """Rows copied by hand, and for each domain how many numbers there are and their sums."""
+    assert worlds.reference_scores("metaworld/reach-v3") == \
+        (147.103, 1905.1068, 1905.1068, "data maximum")
+    assert worlds.reference_scores("dmcontrol/acrobot-swingup") == \
+        (8.351, 4.877, 158.764, "data mean")                # a reference below random
+    assert worlds.reference_scores("procgen/fruitbot") == (-7.0, 16.9643, 38.0, "data mean")
+    assert worlds.reference_scores("atari/ms_pacman") == (307.3, 6951.6, 403.0, "human")
+    assert worlds.reference_scores("atari/skiing") == (-17098.1, -4336.9, None, "human")
+    assert worlds.reference_scores("atari/pooyan") == (None, None, 427.0, "human")
+    assert worlds.reference_scores("composuite/Panda_Box_ObjectWall_PickPlace") == \
+        (1.4694, 338.1854, 338.1854, "data maximum")
+    assert worlds.reference_scores("composuite/Jaco_Dumbbell_None_Shelf")[0] == 49.8153
+    assert worlds.reference_scores("mimicgen/Coffee_D1-Sawyer") == (0.0, 1.0, 1.0, "data maximum")
+    assert worlds.reference_scores("mimicgen/Kitchen_D1-UR5e") == (None, None, 1.0, "data maximum")
+    assert worlds.reference_scores("darkroom/train") is None
+    table, found = worlds.reference_table(), {}
+    for domain in ("metaworld", "dmcontrol", "procgen", "atari", "composuite", "mimicgen"):
+        rows = [row[:3] for task, row in table.items() if task.startswith(domain)]
+        found[domain] = [len(rows)]
+        for column in zip(*rows):
+            known = [x for x in column if x is not None]
+            found[domain] += [len(known), sum(known)]
+    assert sum(counts[0] for counts in found.values()) == len(table)
+    for domain, numbers in {
+            "metaworld": [50, 50, 2118.0511, 50, 83025.0665, 50, 83025.0665],
+            "dmcontrol": [27, 27, 1331.945, 27, 11633.341, 27, 19879.077],
+            "procgen": [16, 16, -7.0, 16, 130.8902, 16, 313.3128],
+            "atari": [59, 57, 50864.9, 57, 606494.2, 46, 12218.0],
+            "composuite": [256, 256, 4807.9262, 256, 93519.3823, 256, 93519.3823],
+            "mimicgen": [85, 43, 0.0, 43, 43.0, 85, 85.0]}.items():
+        assert np.allclose(found[domain], numbers, rtol=0, atol=1e-6), domain
+    # every task of the paper that is in our task table has a row
+    for domain in ("metaworld", "dmcontrol", "atari"):
+        row = worlds.DOMAINS[domain]
+        assert all(f"{domain}/{name}" in table for name in row.tasks + row.heldout)
+
+
+JOBS = """
+import os, time
+def start():
+    return do
+def do(job, advance):
+    if job == "raises":
+        raise KeyError("a reason")
+    if job == "dies":
+        os._exit(3)
+    if job == "hangs":
+        time.sleep(1e6)
+    if job == "slow":                       # longer than the timeout, but with progress
+        for _ in range(8):
+            time.sleep(0.6)
+            advance(1)
+    return job * 2
+"""
+
+
+def test_jobs_that_crash_or_hang_are_named(tmp_path, monkeypatch):
+    """Among good jobs: every good result arrives, every bad job comes back with what it died of."""
+    (tmp_path / "some_jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import some_jobs
+    jobs, steps = ["a", "raises", "hangs", "slow", "b", "dies", "c", "d"], []
+    found = list(worlds.run_jobs(jobs, 2, some_jobs.start, timeout=6.0, advance=steps.append))
+    assert sorted(job for job, _ in found) == sorted(jobs)              # each exactly once
+    found = dict(found)
+    assert [found.pop(job) for job in ("a", "b", "c", "d")] == ["aa", "bb", "cc", "dd"]
+    assert found.pop("slow") == "slowslow" and sum(steps) == 8
+    assert "KeyError: 'a reason' (some_jobs.py, line 7)" in str(found["raises"])
+    assert "exit code 3" in str(found["dies"]) and "no step for 6 s" in str(found["hangs"])
+    assert all(isinstance(error, RuntimeError) for error in found.values())
+
+
+def test_a_failed_task_does_not_stop_an_evaluation(tmp_path, monkeypatch, capsys):
+    """It is named, the others are scored, scores.json is written, and the exit code is 1."""
+    model = lram.LRAM(lram.Config("mlstm", "tiny", context=5))
+    good = dark_card(random_score=0.0, reference_score=10.0)
+    cards = {"darkroom/train": good, "darkroom/none": good, "darkroom/heldout": good}
+    lram.save_checkpoint(tmp_path / "c.pt", {"model": model.state_dict(), "cards": cards,
+                                             "model_config": asdict(model.config)})
+    for processes in (1, 2):
+        out = tmp_path / f"scores{processes}.json"
+        with pytest.raises(SystemExit) as end:
+            worlds.main(worlds.Args(checkpoint=tmp_path / "c.pt", episodes=2, output=out,
+                                    processes=processes))
+        assert end.value.code == 1 and "1 task failed" in capsys.readouterr().out
+        summary = json.loads(out.read_text())
+        assert list(summary["tasks"]) == ["darkroom/train", "darkroom/heldout"]
+        assert "split is 'none'" in summary["failed"]["darkroom/none"]
+    assert json.loads((tmp_path / "scores1.json").read_text()) == summary     # in either way
+
+
+def test_a_failed_job_leaves_its_task_incomplete(tmp_path, monkeypatch, capsys):
+    """data.make names it, makes the rest, and the next call completes the task."""
+    def disturbed(jobs, processes, start, timeout):
+        do = start()
+        for job in jobs:
+            broken = job[1] == "darkroom/train" and job[2][-1] == [10]
+            yield job, RuntimeError("it broke") if broken else do(job, lambda steps: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "run_jobs", disturbed)
+        assert data.make(["darkroom/train", "darkroom/heldout"], tmp_path, episodes=11) == \
+            ["darkroom/heldout"]
+    told = capsys.readouterr().err
+    assert "darkroom/train, episodes, seeds 10 to 10: failed: it broke" in told
+    assert "darkroom/train is incomplete" in told
+    assert not (tmp_path / "darkroom/train/task.json").exists()
+    assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == 10
+    assert data.make(["darkroom"], tmp_path, episodes=11, processes=1) == ["darkroom/train"]
+    assert len(data.load_lengths(tmp_path / "darkroom/train")) == 11
+
+
+def test_comparison_of_runs(tmp_path, capsys):
+    """The file that README's first table came from, and rows without a score."""
+    worlds.compare([REPOSITORY / "figures/first_run.json"], tmp_path / "old.png")
+    assert "| metaworld/reach-v3 | 0.91 (0.87 to 0.95) |" in capsys.readouterr().out
+    card = dark_card(random_score=None, reference_score=None)
+    other = {"returns": [1.0, 3.0], "card": {**card, "random_score": 0.0, "reference_score": 4.0}}
+    summary = worlds.summarise({"a/raw": {"returns": [2.5], "card": card}, "a/fine": other})
+    (tmp_path / "scores.json").write_text(json.dumps(summary))
+    worlds.compare([tmp_path / "scores.json"], tmp_path / "new.png")
+    out = capsys.readouterr().out
+    assert "| a/raw | return 2.5 | " in out and "| a/fine | 0.50 (" in out
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("old.png", "new.png"))
 
 
 # ------------------------------------------------------------------------------------ trajectories
