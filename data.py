@@ -484,7 +484,6 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     missing are named and left out, and so are those of which a simulator crashed, or hung for
     `timeout` seconds.
     """
-    from tqdm import tqdm
     root, present, plans, levels = Path(root), [], {}, {}
     tasks = expand_tasks(tasks)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True)):
@@ -1216,6 +1215,8 @@ class Make:
     noise: tuple[float, ...] | None = None
     """Mixed quality, e.g. 0 0.3 1: noise of execution, level by level in turn; labels as executed
     (default: the expert's clean labels, executed with a little noise)."""
+    timeout: float = 600.0
+    """Seconds without a step after which a simulator counts as hung."""
 
 
 @dataclass
@@ -1245,7 +1246,8 @@ def main(args):
     """See the opening of this file."""
     if isinstance(args, Make):
         heldout = default_heldout(args.tasks) if args.heldout is None else args.heldout
-        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.noise)
+        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.noise,
+             args.timeout)
         info(args.root)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)

@@ -650,7 +650,7 @@ _REFERENCES = {     # domain: (rows, suffix of today's names, kind of reference)
 
 @functools.cache
 def reference_table():
-    """The tables above as {task: (random, reference, target return, kind)}; see reference_scores."""
+    """The tables above as one: {task: (random, reference, target return, kind)}."""
     number = lambda text: None if text == "-" else float(text)
     table = {}
     for domain, (rows, suffix, kind) in _REFERENCES.items():
@@ -1156,12 +1156,15 @@ def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
     from PIL import Image
     try:
         env = _FrameGrabber(make_env(task, render=True, limit=limit))
-        (episode,) = rollout(lambda: env, make_policy, [seed], keep_states=False)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        if task.split("/")[0] in ("darkroom", "atari", "procgen"):
-            raise                                          # these draw without OpenGL
-        raise SystemExit(f"{task}: no picture ({error}). MuJoCo draws with MUJOCO_GL=egl (apt-get "
+        env.reset(seed=seed)
+        env.render()
+    except Exception as error:          # without OpenGL: one of many, each library has its own
+        if "MUJOCO_GL" not in os.environ:
+            raise
+        raise SystemExit(f"{task}: no picture with MUJOCO_GL={os.environ['MUJOCO_GL']} "
+                         f"({type(error).__name__}: {error}). MuJoCo draws with egl (apt-get "
                          "install libegl1), osmesa (libosmesa6) or glfw (a desktop)") from None
+    (episode,) = rollout(lambda: env, make_policy, [seed], keep_states=False)
     frames = [Image.fromarray(frame) for frame in env.frames]
     duration = max(20, 2000 // env.metadata.get("render_fps", 30))
     path.parent.mkdir(parents=True, exist_ok=True)

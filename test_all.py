@@ -1853,7 +1853,7 @@ def do(job, advance):
     if job == "hangs":
         time.sleep(1e6)
     if job == "slow":                       # longer than the timeout, but with progress
-        for _ in range(8):
+        for _ in range(12):
             time.sleep(0.6)
             advance(1)
     return job * 2
@@ -1870,7 +1870,7 @@ def test_jobs_that_crash_or_hang_are_named(tmp_path, monkeypatch):
     assert sorted(job for job, _ in found) == sorted(jobs)              # each exactly once
     found = dict(found)
     assert [found.pop(job) for job in ("a", "b", "c", "d")] == ["aa", "bb", "cc", "dd"]
-    assert found.pop("slow") == "slowslow" and sum(steps) == 8
+    assert found.pop("slow") == "slowslow" and sum(steps) == 12
     assert "KeyError: 'a reason' (some_jobs.py, line 7)" in str(found["raises"])
     assert "exit code 3" in str(found["dies"]) and "no step for 6 s" in str(found["hangs"])
     assert all(isinstance(error, RuntimeError) for error in found.values())
