@@ -1161,8 +1161,10 @@ def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
     except Exception as error:          # without OpenGL: one of many, each library has its own
         if "MUJOCO_GL" not in os.environ:
             raise
+        if "MUJOCO_GL" in str(error):                      # check_mujoco_gl's
+            raise SystemExit(f"{task}: {error}") from None
         raise SystemExit(f"{task}: no picture with MUJOCO_GL={os.environ['MUJOCO_GL']} "
-                         f"({type(error).__name__}: {error}). MuJoCo draws with egl (apt-get "
+                         f"({type(error).__name__}: {error}); MuJoCo draws with egl (apt-get "
                          "install libegl1), osmesa (libosmesa6) or glfw (a desktop)") from None
     (episode,) = rollout(lambda: env, make_policy, [seed], keep_states=False)
     frames = [Image.fromarray(frame) for frame in env.frames]
@@ -1182,6 +1184,7 @@ def show_world(args):
         from data import expert_policy, recipe_of
         make_policy = partial(expert_policy, expert=recipe_of(task).expert)
         limit = recipe_of(task).limit
+    warnings.filterwarnings("ignore")                      # of the simulators
     return record_video(make_policy, task, args.video, args.seed, limit)
 
 
