@@ -1915,6 +1915,21 @@ def test_a_failed_job_leaves_its_task_incomplete(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == 11
 
 
+def test_video_of_a_world(tmp_path, capsys):
+    """Without a checkpoint: the return of the sweep follows from its goal; every second step."""
+    from PIL import Image
+    path, env = tmp_path / "new" / "sweep.gif", worlds.make_env("darkroom/train")
+    row, col = env.reset(seed=worlds.EVALUATION_SEED + 3)[1]["goal"]
+    worlds.main(worlds.Args(video=path, tasks=("darkroom/train",), policy="expert",
+                            seed=worlds.EVALUATION_SEED + 3))
+    swept = row * 10 + (col if row % 2 == 0 else 9 - col)
+    assert f"50 frames, return {100 - swept:.1f}" in capsys.readouterr().out
+    with Image.open(path) as gif:
+        assert gif.size == (160, 160)
+    with pytest.raises(SystemExit, match="for example: --video"):
+        worlds.main(worlds.Args(policy="random"))
+
+
 def test_comparison_of_runs(tmp_path, capsys):
     """The file that README's first table came from, and rows without a score."""
     worlds.compare([REPOSITORY / "figures/first_run.json"], tmp_path / "old.png")
