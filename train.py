@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from eval import EVALUATION_SEED, evaluate, expand_tasks, format_table
+from eval import EVALUATION_SEED, expand_tasks, format_table, play, summarise
 from lram import (LRAM, Agent, Config, action_loss, action_rows, action_to_bin, choose_device,
                   count_parameters, load_checkpoint, save_checkpoint, use_kernels)
 
@@ -520,7 +520,12 @@ def fit(run, first_step):
 
 def score(run, quiet=False):
     """Play all tasks, shared out over the processes; returns the content of scores.json."""
-    return evaluate(run.model, run.mixture.cards, run.args.episodes, quiet=quiet)
+    cards = run.mixture.cards
+    mine = {task: cards[task] for task in list(cards)[run.rank::run.world]}
+    played = run.gather(play(run.model, mine, run.args.episodes, quiet=quiet or run.rank > 0,
+                             processes=1 if run.world > 1 else None))
+    results = {task: result for part in played for task, result in part.items()}
+    return summarise({task: results[task] for task in cards if task in results})
 
 
 def finish(run, started, data_seconds, train_seconds):
