@@ -668,11 +668,11 @@ def reference_table():
         table[name] = random, reference, reference, "data maximum"
     for row in _MIMICGEN_TASKS.split(","):
         name, *robots = row.split()
-        table[f"mimicgen/{name}"] = 0.0, 1.0, 1.0, "data maximum"
+        table[f"mimicgen/Panda_{name}"] = 0.0, 1.0, 1.0, "data maximum"
         for robot in ("IIWA", "Sawyer", "UR5e"):
             if robots and robot[0] in robots[0]:
                 ends = (0.0, 1.0) if robot == "Sawyer" else (None, None)
-                table[f"mimicgen/{name}-{robot}"] = *ends, 1.0, "data maximum"
+                table[f"mimicgen/{robot}_{name}"] = *ends, 1.0, "data maximum"
     return table
 
 

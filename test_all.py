@@ -1816,8 +1816,8 @@ def test_reference_scores():
     assert worlds.reference_scores("composuite/Panda_Box_ObjectWall_PickPlace") == \
         (1.4694, 338.1854, 338.1854, "data maximum")
     assert worlds.reference_scores("composuite/Jaco_Dumbbell_None_Shelf")[0] == 49.8153
-    assert worlds.reference_scores("mimicgen/Coffee_D1-Sawyer") == (0.0, 1.0, 1.0, "data maximum")
-    assert worlds.reference_scores("mimicgen/Kitchen_D1-UR5e") == (None, None, 1.0, "data maximum")
+    assert worlds.reference_scores("mimicgen/Sawyer_Coffee_D1") == (0.0, 1.0, 1.0, "data maximum")
+    assert worlds.reference_scores("mimicgen/UR5e_Kitchen_D1") == (None, None, 1.0, "data maximum")
     assert worlds.reference_scores("darkroom/train") is None
     table, found = worlds.reference_table(), {}
     for domain in ("metaworld", "dmcontrol", "procgen", "atari", "composuite", "mimicgen"):
