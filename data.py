@@ -38,6 +38,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import stat
 import sys
 import warnings
@@ -59,6 +60,7 @@ from eval import (
     DOMAINS,
     DarkRoom,
     Domain,
+    cannot_play,
     constant_policy,
     expand_tasks,
     install_line,
@@ -66,6 +68,7 @@ from eval import (
     random_policy,
     rollout,
     split_task,
+    world_spec,
 )
 
 DEFAULT_TASKS = (
@@ -88,6 +91,8 @@ TRIES, NEXT_TRY = 8, 100_000
 UNFINISHED = "unfinished.json"
 SAMPLE = 50                             # trajectories of a task that stand for all of them
 LARGEST = 2 ** 33                       # bytes of an array in a file: two million frames
+CARD = ("task", "domain", "observation", "action", "reward_scale", "constant_rtg", "target_return",
+        "reference_score", "random_score")      # what every card has
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 
 
@@ -610,16 +615,8 @@ def _plan(task, folder, episodes, with_data, noise=()):
 
 def _finish_task(task, folder, measured, noise):
     """Write the index files and the card of a task whose data data.py made."""
-    recipe, (domain, name) = recipe_of(task), split_task(task)
-    env = make_env(task)
-    space, obs_space = env.action_space, env.observation_space
-    env.close()
-    stats = statistics(folder)
-    stats["observation"] = {"kind": "image" if obs_space.dtype == np.uint8 else "vector",
-                            "shape": list(obs_space.shape)}
-    stats["action"] = ({"kind": "discrete", "n": int(space.n)}
-                       if isinstance(space, gym.spaces.Discrete)
-                       else {"kind": "continuous", "dims": int(space.shape[0])})
+    recipe, (domain, _) = recipe_of(task), split_task(task)
+    stats = statistics(folder) | world_spec(task)
     extra = {
         "limit": recipe.limit,
         "reference_score": float(np.mean(measured["expert"])),
@@ -760,7 +757,11 @@ def open_trajectory(path, card=None, length=None):
         missing = [key for key in ("states", "actions", "rewards", "dones") if key not in f]
         if missing:
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
-        for key in f:                   # or a file of a kilobyte could ask for a terabyte
+        for key in f:
+            if not isinstance(f.get(key, getlink=True), h5py.HardLink) or \
+                    f[key].is_virtual or f[key].external:
+                raise bad(f"{key} is not in this file: it points elsewhere")
+            # or a file of a kilobyte could ask for a terabyte
             if f[key].nbytes > LARGEST:
                 raise bad(f"{key} claims {f[key].shape} values, {f[key].nbytes / 2 ** 30:.0f} GiB")
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
@@ -935,7 +936,12 @@ def load_card(folder, task=None):
     """The card of a task's folder; of a download, which has none, made from some of its files."""
     folder = Path(folder)
     if (folder / "task.json").exists():
-        return load_json(folder / "task.json")
+        card = load_json(folder / "task.json")
+        lacking = [key for key in CARD if key not in card]
+        if lacking:
+            raise SystemExit(f"{folder / 'task.json'} has no {', '.join(lacking)}; see: python "
+                             f"data.py check {folder}")
+        return card
     task = task or "/".join(folder.parts[-2:])
     if not has_data(folder) or not is_public(folder):
         raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make {task}")
@@ -952,12 +958,8 @@ def load_card(folder, task=None):
 
 def action_spec(task, action):
     """How many actions a discrete task has: its simulator knows, the data show only those used."""
-    if action["kind"] == "discrete" and not install_line(task):
-        env = make_env(task)
-        if isinstance(env.action_space, gym.spaces.Discrete):
-            action = {"kind": "discrete", "n": int(env.action_space.n)}
-        env.close()
-    return action
+    world = world_spec(task) if action["kind"] == "discrete" else None
+    return world["action"] if world and world["action"]["kind"] == "discrete" else action
 
 
 def load_json(path):
@@ -1010,10 +1012,12 @@ def episode_numbers(folder, what, on_bad="refuse"):
             raise SystemExit(f"malformed data: {path} and the files disagree about {wrong[0]} and "
                              f"{len(wrong) - 1} more; delete it, or go on without these: "
                              f"--on-bad skip. See: python data.py check {folder}")
+        good = index.keys() - set(wrong)
+        index = {stem: index[stem] for stem in stems if stem in good}
         if wrong:
             print(f"skipped: {path} and the files disagree about {len(wrong)} episodes",
                   file=sys.stderr)
-        return {s: index[s] for s in stems if s in index and s not in wrong}
+        return index
     for stem in stems:
         try:
             with h5py.File(folder / f"{stem}.hdf5") as f:
@@ -1333,6 +1337,9 @@ def convert(args):
     except (OSError, EOFError, KeyError, ValueError, IndexError, zlib.error) as error:
         raise SystemExit(f"{args.source} cannot be read as {args.format} after episode {name}: "
                          f"{type(error).__name__}: {error}") from None
+    except ImportError as error:
+        raise SystemExit(f"pictures are resized by OpenCV ({error}); install it with: pip install "
+                         "opencv-python-headless; the same command continues") from None
     except KeyboardInterrupt:
         raise SystemExit("\ninterrupted; the same command continues where it was") from None
     if not done and not present:
@@ -1351,7 +1358,11 @@ def _begin_conversion(args, folder):
     if not args.source.exists():
         raise SystemExit(f"{args.source} does not exist")
     source = {key: str(x) for key, x in asdict(args).items() if x and key not in ("root", "on_bad")}
-    command = f"python data.py convert {args.format} {args.source} --task {args.task} ..."
+    words = ["python", "data.py", "convert", args.format, str(args.source)]
+    for key, x in asdict(args).items():
+        if x and key not in ("format", "source"):
+            values = [] if x is True else x if isinstance(x, tuple) else [x]
+            words += ["--" + key.replace("_", "-"), *map(str, values)]
     unfinished, card = folder / UNFINISHED, folder / "task.json"
     if card.exists() and not unfinished.exists() and load_json(card).get("source") == source:
         print(f"{folder} is complete")
@@ -1364,7 +1375,7 @@ def _begin_conversion(args, folder):
         for stem in episodes_in(folder):
             (folder / f"{stem}.hdf5").unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(unfinished, {"command": command, "source": source})
+    write_json(unfinished, {"command": shlex.join(words), "source": source})
     return True
 
 
@@ -1384,20 +1395,18 @@ def _finish_conversion(args, folder):
     """Index and card of converted data; says so where the simulator's world is another one."""
     stats = statistics(folder)
     stats["action"] = action_spec(args.task, stats["action"])
-    extra, how = {}, "its smallest return stands for random"
-    if args.task.split("/")[0] in DOMAINS and not install_line(args.task):
-        env, row = make_env(args.task), split_task(args.task)[0]
-        shape = list(env.observation_space.shape)
-        env.close()
-        if shape == stats["observation"]["shape"]:
-            n = min(20, math.ceil(20_000 / row.steps))
-            extra["random_score"] = float(np.mean(_measure(
-                args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)))))
-            how = f"random measured over {n} episodes"
-        else:
-            print(f"{args.task}: observations of the data are {stats['observation']['shape']}, of "
-                  f"the simulator {shape}: can be trained on, but not scored", file=sys.stderr)
-    source = json.loads((folder / UNFINISHED).read_text())["source"]
+    if stats["lengths"].keys() != set(episodes_in(folder)):
+        raise SystemExit(f"{args.source}: its episodes have states of different shapes; see: "
+                         f"python data.py check {folder}")
+    extra, how, reason = {}, "its smallest return stands for random", cannot_play(args.task, stats)
+    if reason:
+        print(f"{args.task} can be trained on, but not scored: {reason}", file=sys.stderr)
+    else:
+        n = min(20, math.ceil(20_000 / split_task(args.task)[0].steps))
+        extra["random_score"] = float(np.mean(_measure(
+            args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)))))
+        how = f"random measured over {n} episodes"
+    source = load_json(folder / UNFINISHED)["source"]
     card = task_card(args.task, stats, **extra, source=source,
                      made_by=f"converted from {args.format}: {args.source.name}; the data's mean "
                              f"return stands for the reference, {how}")

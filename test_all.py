@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1980,6 +1981,9 @@ def damage_inside(path, how):
         elif how == "group":
             del f["rewards"]
             f.create_group("rewards")
+        elif how == "link":                             # to another file, perhaps a secret one
+            del f["rewards"]
+            f["rewards"] = h5py.ExternalLink(next(path.parent.glob("*0.hdf5")).name, "rewards")
         elif how == "terabytes":                        # claimed, not written
             del f["rewards"]
             f.create_dataset("rewards", (10 ** 12,), np.float32, chunks=(1000,))
@@ -1996,7 +2000,7 @@ def damage_inside(path, how):
     ("action range", "expected 0 to 4"), ("state shape", "card says"), ("not HDF5", "not a read"),
     ("no steps", "are 0"), ("dones", "lengths differ"), ("words", "not numbers"),
     ("negative action", "expected 0 to 4"), ("float action", "expected int"),
-    ("number", "damaged"), ("group", "damaged"), ("terabytes", "claims"),
+    ("number", "damaged"), ("group", "damaged"), ("link", "elsewhere"), ("terabytes", "claims"),
     ("returns-to-go", "finite"), ("dangling link", "nowhere.hdf5, which does not exist"),
     ("folder", "not a file"), ("pipe", "not a file"), ("gone", None)))
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
@@ -2363,7 +2367,17 @@ def test_converted_data_of_an_unknown_domain_are_trained_on(tmp_path, monkeypatc
     assert len(list(Path("datasets/robots/known").glob("*.hdf5"))) == 4
 
 
-def test_actions_of_another_range(tmp_path):
+def test_data_of_another_world_are_not_scored():
+    """Converted for a task of ours, but with other observations or actions; or a task we lack."""
+    card = dark_card(source="downloaded")
+    assert worlds.cannot_play("darkroom/train", card) is None
+    for change in ({"observation": {"kind": "vector", "shape": [3]}},
+                   {"action": {"kind": "discrete", "n": 4}}):
+        assert "in the simulator" in worlds.cannot_play("darkroom/train", card | change)
+    assert "does not have" in worlds.cannot_play("darkroom/third", card)
+
+
+def test_actions_of_another_range(tmp_path, monkeypatch):
     """Refused with the range of all of them; rescaled or cut off on request, from the start."""
     rng = np.random.default_rng(0)
     (tmp_path / "s").mkdir()
@@ -2382,6 +2396,13 @@ def test_actions_of_another_range(tmp_path):
     with pytest.raises(SystemExit, match="other data"):
         data.convert(replace(args, clip_actions=True))
     shutil.rmtree(tmp_path / "d")
+    monkeypatch.setattr(data, "write_trajectory", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        data.convert(replace(args, clip_actions=True, root=tmp_path / "e"))
+    monkeypatch.undo()
+    words = json.loads((tmp_path / "e/robots/wide/unfinished.json").read_text())["command"]
+    done = run(REPOSITORY / "data.py", *shlex.split(words)[2:])     # the command that it advises
+    assert done.returncode == 0 and data.check(tmp_path / "e") == 0
     assert data.convert(replace(args, clip_actions=True)) == 3
     assert all(np.allclose(written(k), np.clip(a, -1, 1)) for k, a in enumerate(wide))
 
