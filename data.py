@@ -569,10 +569,11 @@ def _quiet_worker():
 
 
 def _levels(folder, noise):
-    """The levels of mixed quality of a folder: those it was made with, else `noise`."""
-    if not (folder / "task.json").exists():
+    """The levels of mixed quality of a folder: those it was begun or made with, else `noise`."""
+    says = [path for path in (folder / UNFINISHED, folder / "task.json") if path.exists()]
+    if not says:
         return tuple(noise or ())
-    made = tuple(load_card(folder).get("noise", ()))
+    made = tuple(load_json(says[0]).get("noise", ()))
     if noise is not None and made != tuple(noise):
         raise SystemExit(f"{folder} was made with --noise {made}, not {noise}: give another "
                          "--root, or delete it")
@@ -595,7 +596,7 @@ def _plan(task, folder, episodes, with_data, noise=()):
                          f"at most {len(packed)} episodes")
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
-    write_json(folder / UNFINISHED, {"command": f"python data.py make {task}"})
+    write_json(folder / UNFINISHED, {"command": f"python data.py make {task}", "noise": noise})
     chunk = 2 if task.startswith("atari") else 10
     plan = [(_make_episodes, (str(folder), noise, seeds[i : i + chunk]))
             for i in range(0, len(seeds), chunk)]
