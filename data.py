@@ -667,21 +667,28 @@ def statistics(folder, at_most=None):
         if isinstance(t, BadTrajectory):
             continue
         image = t.states.ndim == 4
+        spec = {"observation": {"kind": "image" if image else "vector",
+                                "shape": [1, 64, 64] if image else list(t.states.shape[1:])},
+                "action": {"kind": "discrete", "n": 18} if t.actions.ndim == 1
+                else {"kind": "continuous", "dims": t.actions.shape[1]}}
+        if any(stats.get(key, value) != value for key, value in spec.items()):
+            continue
+        # a game of pixels is long: in blocks, and a quarter of them where a sample will do
+        every, size = (200, 50) if image and at_most else (1000, 1000)
         try:
-            for start in range(0, len(t.rewards), 1000):        # a game of pixels is long
-                x = t.states[start:start + 1000]
+            for start in range(0, len(t.rewards), every):
+                x = t.states[start:start + size]
                 x = (to_gray(x) if image else x).astype(np.float64)
                 total, square, count = total + x.sum(0), square + (x ** 2).sum(0), count + len(x)
-        except (OSError, ValueError):           # damaged frames; states of another shape
+        except OSError:                         # damaged frames
             continue
+        stats |= spec
         stats["lengths"][stem], stats["returns"][stem] = len(t.rewards), float(t.rewards.sum())
-        stats["observation"] = {"kind": "image" if image else "vector", "shape": list(x.shape[1:])}
-        stats["action"] = ({"kind": "discrete", "n": 18} if t.actions.ndim == 1
-                           else {"kind": "continuous", "dims": t.actions.shape[1]})
-    if count:
+    if stats["lengths"]:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
         # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
-        std = std + 0.05 * 255 if image else np.where(std < 1e-4, 1.0, std)
+        pixels = stats["observation"]["kind"] == "image"
+        std = std + 0.05 * 255 if pixels else np.where(std < 1e-4, 1.0, std)
         stats["state_mean"], stats["state_std"] = mean.round(6).tolist(), std.round(6).tolist()
     return stats
 
@@ -739,26 +746,14 @@ def open_trajectory(path, card=None, length=None):
     BadTrajectory: path and reason. Nothing that a file says is trusted or executed.
     """
     bad = lambda reason: BadTrajectory(f"{path}: {reason}")
-    try:
-        mode = os.stat(path)            # opening a pipe would wait for ever
-        if not stat.S_ISREG(mode.st_mode):
-            raise bad("is not a file")
-        if mode.st_size == 0:
-            raise bad("is empty (0 bytes)")
-        f = h5py.File(path, "r")
-    except FileNotFoundError:
-        link = os.path.islink(path)
-        raise bad(f"is a symbolic link to {os.readlink(path)}, which does not exist" if link else
-                  "does not exist (any more), although the index or the folder lists it") from None
-    except PermissionError:
-        raise bad("may not be read (permissions)") from None
-    except OSError as error:
-        raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
+    f = _open_file(path, bad)
     try:
         missing = [key for key in ("states", "actions", "rewards", "dones") if key not in f]
         if missing:
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
-        for key in f:
+        for key in ("states", "actions", "rewards", "dones", "returns_to_go"):
+            if key not in f:
+                continue
             if not isinstance(f.get(key, getlink=True), h5py.HardLink) or \
                     f[key].is_virtual or f[key].external:
                 raise bad(f"{key} is not in this file: it points elsewhere")
@@ -797,6 +792,25 @@ def open_trajectory(path, card=None, length=None):
     actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
     return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32),
                       f if image else None, 0, len(rewards), dones)
+
+
+def _open_file(path, bad):
+    """The HDF5 file; raises bad(reason)."""
+    try:
+        mode = os.stat(path)            # opening a pipe would wait for ever
+        if not stat.S_ISREG(mode.st_mode):
+            raise bad("is not a file")
+        if mode.st_size == 0:
+            raise bad("is empty (0 bytes)")
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        link = os.path.islink(path)
+        raise bad(f"is a symbolic link to {os.readlink(path)}, which does not exist" if link else
+                  "does not exist (any more), although the index or the folder lists it") from None
+    except PermissionError:
+        raise bad("may not be read (permissions)") from None
+    except OSError as error:
+        raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
 
 
 def _check_values(bad, states, actions, rewards, card):
@@ -1188,8 +1202,11 @@ def read_dqn_replay(args, present):
         actions, rewards, terminals = (
             np.load(gzip.open(shard(what, k)), allow_pickle=False)
             for what in ("action", "reward", "terminal"))
+        if (actions < 0).any():                     # or it would count from the end
+            raise ValueError(f"shard {k} has negative actions")
         if parts and k != last + 1:                 # a shard is missing: the stream breaks off
-            yield join(episode, parts, False)
+            if f"{episode:06d}" not in present:
+                yield join(episode, parts, False)
             parts, steps, episode = [], 0, episode + 1
         for start, frames in npy_blocks(shard("observation", k)):
             for a, b in cut(terminals[start:start + len(frames)] > 0):
@@ -1736,7 +1753,8 @@ def check_folder(folder, results, card, seen):
         except SystemExit as error:
             faults.append(str(error))
             continue
-        faults += [f"{path}: lists {s}, but there is no such file" for s in index.keys() - files]
+        faults += [f"{path}: lists {stem}, but there is no such file"
+                   for stem in sorted(index.keys() - files)]
         faults += [f"{path}: does not list {s}.hdf5" for s in sorted(files - index.keys())]
         for stem in sorted(files & facts.keys() & index.keys()):
             given, true = index[stem], facts[stem][k]
@@ -1759,7 +1777,7 @@ def check(path, domain=None, processes=None):
     and reason; returns their number. domain: of folders that have none above them.
     """
     from tqdm import tqdm
-    faults, seen, results, cards, jobs = [], {}, {}, {}, []
+    faults, seen, results, cards, jobs, checked = [], {}, {}, {}, [], 0
 
     def report(lines):
         faults.extend(lines)
@@ -1783,12 +1801,13 @@ def check(path, domain=None, processes=None):
             results.setdefault(folder, []).extend(rows)
             report([fault for _, fault, _ in rows if fault])
             bar.update(len(names))
+            checked += len(rows)
             left[folder] -= 1
             if not left[folder] and not Path(path).is_file():
                 report(check_folder(folder, results.pop(folder), cards[folder], seen))
     if not total and not faults:
         report([f"{path}: holds no trajectories (*.hdf5)"])
-    print(f"{path}: {total} trajectories in {len(folders)} tasks, {len(faults)} faults")
+    print(f"{path}: {checked} trajectories in {len(folders)} tasks, {len(faults)} faults")
     return len(faults)
 
 

@@ -2171,11 +2171,23 @@ def download(root, names, lengths, seed=0):
                 f["returns_to_go"] = np.cumsum(f["rewards"][:][::-1])[::-1]
 
 
-@pytest.mark.parametrize("folder", (
-    "reach-v2", "metaworld/reach_v2", "reach-v3", "Reach", "metaworld/reach-v3"))
-def test_downloads_are_trained_on_as_they_are(folder, tmp_path, monkeypatch):
-    """Wherever they lie below the root; nothing is generated, nothing is written beside them."""
+@pytest.mark.parametrize("task,folders", (
+    ("metaworld/reach-v3", ("reach-v2", "metaworld/reach_v2", "reach-v3", "Reach",
+                            "metaworld/reach-v3")),
+    ("atari/ms_pacman", ("ms-pacman", "MsPacmanNoFrameskip-v4", "atari/MsPacman")),
+    ("dmcontrol/finger-turn_easy", ("finger_turn_easy", "dmcontrol/finger-turn-easy"))))
+def test_downloads_are_found(task, folders, tmp_path):
+    """Under the spellings of their names, with a domain's folder above them or without."""
+    for k, folder in enumerate(folders):
+        download(tmp_path / str(k), [folder, "reach-wall-v2", "metaworld/push-v2"], [3])
+        assert data.find_folder(tmp_path / str(k), task) == tmp_path / str(k) / folder
+    assert data.find_folder(tmp_path, task) == tmp_path / task      # where they would be made
+
+
+def test_downloads_are_trained_on_as_they_are(tmp_path, monkeypatch):
+    """Nothing is generated, nothing is written beside them; the card is made in memory."""
     monkeypatch.chdir(tmp_path)
+    folder = "reach-v2"
     download("d", [folder, "push-v2"], [20, 30, 25])
     before = sorted(Path("d").rglob("*"))
     train.main(train.Args(tasks=("metaworld/reach-v3",), data_root=Path("d"), steps=2, warmup=1,
@@ -2354,6 +2366,22 @@ def test_public_formats_are_converted_exactly(format, tmp_path, monkeypatch, cap
                        atol=1e-4)
     assert data.is_public(folder) and data.check(tmp_path / "d") == 0
     assert data.convert(args) == len(known) and "complete" in capsys.readouterr().out
+
+
+def test_a_missing_shard_ends_an_episode(tmp_path):
+    """What is on its two sides is never joined; and what is present stays away in that case too."""
+    pytest.importorskip("ale_py")
+    known = write_dqn_replay(tmp_path / "s")
+    for path in (tmp_path / "s").glob("*.10.gz"):
+        path.rename(path.with_name(path.name.replace(".10.gz", ".12.gz")))
+    args = data.Convert("dqn-replay", tmp_path / "s", "atari/breakout")
+    read = {name: (len(rewards), end)
+            for name, _, _, rewards, end in data.read_dqn_replay(args, ())}
+    assert read == {"000000": (300, True), "000001": (850, True), "000002": (50, False),
+                    "000003": (450, True), "000004": (750, False)}
+    some = {"000001", "000002", "000004"}
+    assert {name for name, *_ in data.read_dqn_replay(args, some)} == read.keys() - some
+    assert len(known) == 4
 
 
 def test_converted_data_of_an_unknown_domain_are_trained_on(tmp_path, monkeypatch, capsys):
