@@ -4,6 +4,7 @@ shows them.
     python data.py make                     # the default mixture, into datasets/ (about a minute)
     python data.py make metaworld/push-v3 --episodes 50
     python data.py pack datasets            # one file per task, for many or long trajectories
+    python data.py convert d4rl hopper.hdf5 --task mujoco/hopper    # public data of other formats
     python data.py check datasets           # every file validated; exit code 1 names the faults
     python data.py info datasets            # counts, lengths, returns, action statistics
 
@@ -21,19 +22,28 @@ to plan a training run) and task.json, the card of the task. `actions` are what 
 (clean labels); what was executed had noise on it, so that the data show how to recover. A lost life
 ends a trajectory in Atari, whose rewards are stored clipped to [-1, 1].
 
+The public data sets themselves are read as downloaded: <root>/<task>/ without a domain's folder,
+without task.json, under their spellings of a task's name (find_folder, load_card).
+
 Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
-Not included: packed files, converters from other data sets, training data larger than one machine.
+Not included: packed files, training data larger than one machine.
 """
 
 import contextlib
 import difflib
+import gzip
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import re
+import shlex
+import stat
 import sys
-from collections import OrderedDict
-from dataclasses import dataclass
+import zlib
+from collections import Counter, OrderedDict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal
@@ -44,8 +54,11 @@ import numpy as np
 import tyro
 
 from eval import (
+    ATARI_STEPS,
     DOMAINS,
     DarkRoom,
+    Domain,
+    cannot_play,
     constant_policy,
     expand_tasks,
     install_line,
@@ -54,6 +67,7 @@ from eval import (
     rollout,
     run_jobs,
     split_task,
+    world_spec,
 )
 
 DEFAULT_TASKS = (
@@ -72,6 +86,13 @@ VALIDATION_FRACTION = 0.025
 EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 2_500_000, 2_600_000, 2_700_000
 # where only solved episodes count, a seed has this many tries: seed, seed + NEXT_TRY, ...
 TRIES, NEXT_TRY = 8, 100_000
+# in a task's folder until its data are complete: what is missing, and the command that adds it
+UNFINISHED = "unfinished.json"
+SAMPLE = 50                             # trajectories of a task that stand for all of them
+LARGEST = 2 ** 33                       # bytes of an array in a file: two million frames
+CARD = ("task", "domain", "observation", "action", "reward_scale", "constant_rtg", "target_return",
+        "reference_score", "random_score")      # what every card has
+ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 
 
 # ----------------------------------------------------------------------------------------- experts
@@ -325,10 +346,10 @@ RECIPES = {
 }
 
 
-def recipe_of(task):
-    """The recipe of a task: its own row, else its domain's."""
+def recipe_of(task, needed=True):
+    """The recipe of a task: its own row, else its domain's, else None if it is not needed."""
     recipe = RECIPES.get(task) or RECIPES.get(task.partition("/")[0])
-    if recipe is None:
+    if recipe is None and needed:
         near = difflib.get_close_matches(task, RECIPES, n=1, cutoff=0.0)
         raise SystemExit(
             f"there is no expert for {task}; nearest: {near[0]}. There are experts for "
@@ -459,11 +480,12 @@ def _make_episodes(task, folder, noise, seeds, advance):
 
 def _measure(task, who, seeds, advance):
     """Worker: returns of the noise-free expert, the random policy or a constant action (int)."""
-    policy = {
-        "expert": partial(expert_policy, expert=recipe_of(task).expert),
-        "random": random_policy,
-    }.get(who, partial(constant_policy, action=who))
-    make = partial(make_env, task, limit=recipe_of(task).limit)
+    recipe = recipe_of(task, needed=who == "expert")
+    if who == "expert":
+        policy = partial(expert_policy, expert=recipe.expert)
+    else:
+        policy = random_policy if who == "random" else partial(constant_policy, action=who)
+    make = partial(make_env, task, limit=recipe and recipe.limit)
     done = rollout(make, policy, seeds, num_envs=4, keep_states=False, advance=advance)
     return [float(e.rewards.sum()) for e in done]
 
@@ -485,12 +507,15 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     `timeout` seconds.
     """
     root, present, plans, levels = Path(root), [], {}, {}
-    tasks = expand_tasks(tasks)
-    for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True)):
-        missing = install_line(task)
-        if missing:
-            made = (root / task / "task.json").exists()         # can be trained on all the same
+    tasks = expand_tasks(tasks, root=root)
+    for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True, root=root)):
+        missing, public = install_line(task), is_public(find_folder(root, task))
+        if missing or public:
+            made = public or (root / task / "task.json").exists()   # can be trained on even so
             present += [task] if made else []
+        if public and not missing:
+            continue
+        if missing:
             print(f"{task} {'cannot be scored' if made else 'left out'}: its simulator is not "
                   f"installed ({missing})", file=sys.stderr)
             continue
@@ -551,10 +576,11 @@ def _start_worker():
 
 
 def _levels(folder, noise):
-    """The levels of mixed quality of a folder: those it was made with, else `noise`."""
-    if not (folder / "task.json").exists():
+    """The levels of mixed quality of a folder: those it was begun or made with, else `noise`."""
+    says = [path for path in (folder / UNFINISHED, folder / "task.json") if path.exists()]
+    if not says:
         return tuple(noise or ())
-    made = tuple(load_card(folder).get("noise", ()))
+    made = tuple(load_json(says[0]).get("noise", ()))
     if noise is not None and made != tuple(noise):
         raise SystemExit(f"{folder} was made with --noise {made}, not {noise}: give another "
                          "--root, or delete it")
@@ -577,6 +603,7 @@ def _plan(task, folder, episodes, with_data, noise=()):
                          f"at most {len(packed)} episodes")
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
+    write_json(folder / UNFINISHED, {"command": f"python data.py make {task}", "noise": noise})
     chunk = 2 if task.startswith("atari") else 10
     plan = [(_make_episodes, (str(folder), noise, seeds[i : i + chunk]))
             for i in range(0, len(seeds), chunk)]
@@ -595,36 +622,11 @@ def _plan(task, folder, episodes, with_data, noise=()):
 
 
 def _finish_task(task, folder, measured, noise):
-    """Write the index files and the card."""
-    recipe, (domain, name) = recipe_of(task), split_task(task)
-    env = make_env(task)
-    space, obs_space = env.action_space, env.observation_space
-    env.close()
-    image = obs_space.dtype == np.uint8
-    lengths, returns, total, square, count = {}, {}, 0.0, 0.0, 0
-    for path in sorted(folder.glob("*.hdf5")):
-        with h5py.File(path) as f:
-            lengths[path.stem], returns[path.stem] = len(f["rewards"]), float(np.sum(f["rewards"]))
-            states = f["states"][:].astype(np.float64)
-            total, square, count = (
-                total + states.sum(0),
-                square + (states**2).sum(0),
-                count + len(states),
-            )
-    card = {
-        "task": task,
-        "domain": task.split("/")[0],
-        "observation": {"kind": "image" if image else "vector", "shape": list(obs_space.shape)},
-        "action": (
-            {"kind": "discrete", "n": int(space.n)}
-            if isinstance(space, gym.spaces.Discrete)
-            else {"kind": "continuous", "dims": int(space.shape[0])}
-        ),
-        "reward_scale": domain.reward_scale,
-        "clip_rewards": domain.clip_rewards,
-        "constant_rtg": domain.constant_rtg is not None,
+    """Write the index files and the card of a task whose data data.py made."""
+    recipe, (domain, _) = recipe_of(task), split_task(task)
+    stats = statistics(folder) | world_spec(task)
+    extra = {
         "limit": recipe.limit,
-        "target_return": domain.constant_rtg or max(returns.values(), default=0.0),
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),
         "noise": noise,
@@ -639,23 +641,89 @@ def _finish_task(task, folder, measured, noise):
     constants = {a: np.mean(r) for a, r in measured.items() if isinstance(a, int)}
     if constants:
         best = max(constants, key=constants.get)
-        card["constant"] = {"action": best, "mean_return": float(constants[best])}
-    if not count:           # without data of its own: read as a task of its domain that has some
+        extra["constant"] = {"action": best, "mean_return": float(constants[best])}
+    if not stats["lengths"]:    # no data of its own: read as a task of its domain that has some
         cards = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/task.json"))]
-        siblings = [c for c in cards if c["observation"] == card["observation"]]
+        siblings = [c for c in cards if c["observation"] == stats["observation"]]
         if not siblings:
-            raise SystemExit(f"{task} has no data of its own; make a task of {card['domain']} with "
-                             f"it, for example {card['domain']}/{domain.tasks[0]}")
-        card["state_mean"], card["state_std"] = siblings[0]["state_mean"], siblings[0]["state_std"]
-        card["target_return"] = domain.constant_rtg or max(measured["expert"])
-    if count:
+            raise SystemExit(f"{task} has no data of its own; make a task of "
+                             f"{task.split('/')[0]} with it, for example "
+                             f"{task.split('/')[0]}/{domain.tasks[0]}")
+        extra |= {key: siblings[0][key] for key in ("state_mean", "state_std")}
+        extra["target_return"] = domain.constant_rtg or max(measured["expert"])
+    write_card(folder, stats, task_card(task, stats, **extra))
+
+
+def write_card(folder, stats, card):
+    """The index files, then the card, which says that the task's data are complete."""
+    write_json(folder / "episode_lengths.json", stats["lengths"])
+    write_json(folder / "episode_returns.json", stats["returns"])
+    write_json(folder / "task.json", card)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def statistics(folder, at_most=None):
+    """One pass over a task's trajectories, or over at_most of them, evenly chosen.
+
+    Returns {"lengths", "returns": {episode: number}, "observation", "action": as in a card,
+    "state_mean", "state_std": per coordinate or pixel}; without a trajectory the first two, empty.
+    Malformed ones are left out: training and `check` name them.
+    """
+    stats, total, square, count = {"lengths": {}, "returns": {}}, 0.0, 0.0, 0
+    for stem, t in trajectories(folder, at_most):
+        if isinstance(t, BadTrajectory):
+            continue
+        image = t.states.ndim == 4
+        spec = {"observation": {"kind": "image" if image else "vector",
+                                "shape": [1, 64, 64] if image else list(t.states.shape[1:])},
+                "action": {"kind": "discrete", "n": 18} if t.actions.ndim == 1
+                else {"kind": "continuous", "dims": t.actions.shape[1]}}
+        if any(stats.get(key, value) != value for key, value in spec.items()):
+            continue
+        # a game of pixels is long: in blocks, and a quarter of them where a sample will do
+        every, size = (200, 50) if image and at_most else (1000, 1000)
+        try:
+            for start in range(0, len(t.rewards), every):
+                x = t.states[start:start + size]
+                x = (to_gray(x) if image else x).astype(np.float64)
+                total, square, count = total + x.sum(0), square + (x ** 2).sum(0), count + len(x)
+        except OSError:                         # damaged frames
+            continue
+        stats |= spec
+        stats["lengths"][stem], stats["returns"][stem] = len(t.rewards), float(t.rewards.sum())
+    if stats["lengths"]:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
         # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
-        std = std + 0.05 * 255 if image else np.where(std < 1e-4, 1.0, std)
-        card["state_mean"], card["state_std"] = mean.round(6).tolist(), std.round(6).tolist()
-    write_json(folder / "episode_lengths.json", lengths)
-    write_json(folder / "episode_returns.json", returns)
-    write_json(folder / "task.json", card)
+        pixels = stats["observation"]["kind"] == "image"
+        std = std + 0.05 * 255 if pixels else np.where(std < 1e-4, 1.0, std)
+        stats["state_mean"], stats["state_std"] = mean.round(6).tolist(), std.round(6).tolist()
+    return stats
+
+
+def task_card(task, stats, **extra):
+    """The card of a task from the statistics of its data and eval.DOMAINS; `extra` comes last.
+
+    A domain that eval.py does not know has reward scale 1. Where nobody measured them, the
+    reference score is the mean return of the data, the random score its smallest.
+    """
+    domain = DOMAINS.get(task.split("/")[0], Domain(None, "", "", ()))
+    returns = list(stats["returns"].values()) or [0.0]
+    card = {
+        "task": task,
+        "domain": task.split("/")[0],
+        "observation": stats["observation"],
+        "action": stats["action"],
+        "reward_scale": domain.reward_scale,
+        "clip_rewards": domain.clip_rewards,
+        "constant_rtg": domain.constant_rtg is not None,
+        "limit": None,
+        "target_return": domain.constant_rtg or max(returns),
+        "reference_score": float(np.mean(returns)),
+        "random_score": min(returns),
+    }
+    if "state_mean" in stats:
+        card |= {"state_mean": stats["state_mean"], "state_std": stats["state_std"]}
+    return card | extra
 
 
 # ----------------------------------------------------------------------------------- reading files
@@ -680,84 +748,100 @@ class Trajectory:
 
 
 def open_trajectory(path, card=None, length=None):
-    """Read and validate one file, with its task's card and its length by the index, if given.
+    """Read and validate one file, with its task's card and its length in the index if given.
 
-    BadTrajectory: path and reason.
+    BadTrajectory: path and reason. Nothing that a file says is trusted or executed.
     """
     bad = lambda reason: BadTrajectory(f"{path}: {reason}")
-    try:
-        f = h5py.File(path, "r")
-    except FileNotFoundError:
-        raise bad("there is no such file, although the index lists it") from None
-    except OSError as error:
-        raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
+    f = _open_file(path, bad)
     try:
         missing = [key for key in ("states", "actions", "rewards", "dones") if key not in f]
         if missing:
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
+        for key in ("states", "actions", "rewards", "dones", "returns_to_go"):
+            if key not in f:
+                continue
+            if not isinstance(f.get(key, getlink=True), h5py.HardLink) or \
+                    f[key].is_virtual or f[key].external:
+                raise bad(f"{key} is not in this file: it points elsewhere")
+            # or a file of a kilobyte could ask for a terabyte
+            if f[key].nbytes > LARGEST:
+                raise bad(f"{key} claims {f[key].shape} values, {f[key].nbytes / 2 ** 30:.0f} GiB")
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
-        T = len(states)
-        if (
-            T == 0
-            or len(actions) != T
-            or rewards.shape != (T,)
-            or f["dones"].shape not in ((T,), ())
-        ):
-            raise bad(
-                f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, rewards "
-                f"{rewards.shape}, dones {f['dones'].shape}"
-            )
-        if length is not None and length != T:
-            raise bad(f"holds {T} steps, but the index says {length}")
-        image = states.dtype == np.uint8
-        if (
-            image
-            and states.ndim != 4
-            or not image
-            and (states.ndim != 2 or states.dtype.kind != "f")
-        ):
-            raise bad(
-                f"states are {states.dtype} {states.shape}; expected float (T, S) or uint8 "
-                "(T, C, 64, 64)"
-            )
-        dones = np.zeros(T, bool)
+        if f["dones"].shape not in ((len(rewards),), ()):
+            raise bad(f"lengths differ: dones {f['dones'].shape}, rewards {rewards.shape}")
+        if actions.ndim == 2 and actions.shape[1] == 1 and actions.dtype.kind in "iu":
+            actions = actions[:, 0]
+        if states.dtype != np.uint8:
+            states = states[:]
+        image = _check_values(bad, states, actions, rewards, card)
+        if length is not None and len(rewards) != length:
+            raise bad(f"holds {len(rewards)} steps, but the index says {length}")
+        dones = np.zeros(len(rewards), bool)
         dones[-1 if f["dones"].shape == () else slice(None)] = f["dones"][()]
-        if not image:
-            states = states[:].astype(np.float32)
-        _check_values(bad, states, actions, rewards, image, card)
         rtg = (
             f["returns_to_go"][:]
             if "returns_to_go" in f
             else np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
         )
-        if rtg.shape != (T,) or not np.isfinite(rtg).all():
-            raise bad(f"returns_to_go {rtg.shape} are not {T} finite numbers")
-    except (OSError, KeyError, RuntimeError) as error:
-        f.close()
-        raise bad(f"damaged inside ({str(error)[:80]})") from None
+        if rtg.shape != rewards.shape or not np.isfinite(rtg).all():
+            raise bad(f"returns_to_go {rtg.shape} are not {len(rewards)} finite numbers")
     except BadTrajectory:
         f.close()
         raise
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError, AttributeError,
+            MemoryError) as error:
+        f.close()
+        raise bad(f"damaged inside ({str(error)[:80]})") from None
     if not image:
         f.close()
+        states = states.astype(np.float32)
     actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
     return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32),
-                      f if image else None, 0, T, dones)
+                      f if image else None, 0, len(rewards), dones)
 
 
-def _check_values(bad, states, actions, rewards, image, card):
-    """Values and shapes of one trajectory; raises bad(reason)."""
+def _open_file(path, bad):
+    """The HDF5 file; raises bad(reason)."""
+    try:
+        mode = os.stat(path)            # opening a pipe would wait for ever
+        if not stat.S_ISREG(mode.st_mode):
+            raise bad("is not a file")
+        if mode.st_size == 0:
+            raise bad("is empty (0 bytes)")
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        link = os.path.islink(path)
+        raise bad(f"is a symbolic link to {os.readlink(path)}, which does not exist" if link else
+                  "does not exist (any more), although the index or the folder lists it") from None
+    except PermissionError:
+        raise bad("may not be read (permissions)") from None
+    except OSError as error:
+        raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
+
+
+def _check_values(bad, states, actions, rewards, card):
+    """Shapes, types and values of one trajectory; raises bad(reason); true if states are images."""
+    T, image = len(states), states.dtype == np.uint8
+    if T == 0 or len(actions) != T or rewards.shape != (T,):
+        raise bad(f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, "
+                  f"rewards {rewards.shape}")
+    if image:
+        fits = states.shape[1:] in ((1, 64, 64), (3, 64, 64))
+    else:
+        fits = states.dtype.kind == "f" and states.ndim == 2 and 0 < states.shape[1] <= 204
+    if not fits:
+        raise bad(f"states are {states.dtype} {states.shape}; expected float (T, S) with S up to "
+                  "204, or uint8 (T, 1 or 3, 64, 64)")
+    if rewards.dtype.kind not in "fiub":
+        raise bad(f"rewards are {rewards.dtype}, not numbers")
     if not np.isfinite(rewards).all() or (not image and not np.isfinite(states).all()):
         raise bad("holds NaN or infinite states or rewards")
-    if (
-        actions.ndim == 1
-        and actions.dtype.kind not in "iu"
-        or actions.ndim == 2
-        and actions.dtype.kind != "f"
-        or actions.ndim > 2
-    ):
-        raise bad(f"actions are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
     discrete = actions.ndim == 1
+    if actions.dtype.kind not in ("iu" if discrete else "f") or actions.ndim > 2:
+        raise bad(f"actions are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
+    if not discrete and not 0 < actions.shape[1] <= 8:
+        raise bad(f"actions have {actions.shape[1]} dimensions; expected 1 to 8")
     low, high = (0, 17) if discrete else (-1.0, 1.0)
     if card and (card["action"]["kind"] == "discrete") != discrete:
         raise bad(
@@ -773,12 +857,13 @@ def _check_values(bad, states, actions, rewards, image, card):
     if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
         raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
     # RGB becomes gray
-    shape = (1, *states.shape[2:]) if image and states.shape[1] == 3 else states.shape[1:]
+    shape = (1, *states.shape[2:]) if image else states.shape[1:]
     if card and tuple(shape) != tuple(card["observation"]["shape"]):
         raise bad(
             f"states are {states.shape[1:]} each, but the card says "
             f"{tuple(card['observation']['shape'])}"
         )
+    return image
 
 
 def to_gray(images):
@@ -793,15 +878,125 @@ def to_gray(images):
 ROW = np.dtype([("task", np.int32), ("episode", np.int32), ("length", np.int32)])
 
 
-def load_card(folder):
-    """The card of a task's folder."""
-    if not (Path(folder) / "task.json").exists():
-        raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make "
-                         f"{'/'.join(Path(folder).parts[-2:])}")
-    return load_json(Path(folder) / "task.json")
+def episodes_in(folder):
+    """The names of a task's trajectories, in order."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name[:-5] for e in entries if e.name.endswith(".hdf5"))
 
 
-def load_index(folder):
+def trajectories(folder, at_most=None):
+    """Yields (name, Trajectory) of a task's, or of at_most of them, evenly chosen; in the place of
+    a malformed one the BadTrajectory that says why. Those of a pack are cut out of it.
+    """
+    folder, packed = Path(folder), None
+    try:
+        packed = Pack(folder / PACK) if (folder / PACK).exists() else None
+    except BadTrajectory as error:
+        yield PACK, error
+        return
+    names = [name.decode() for name in packed.names] if packed else episodes_in(folder)
+    n = len(names)
+    for k in range(n) if not at_most or n <= at_most else np.linspace(0, n - 1, at_most):
+        name = names[int(k)]
+        try:
+            if packed:
+                t = packed.trajectory(int(k))
+                here = slice(t.first, t.first + t.length)
+                yield name, Trajectory(t.states[here], t.actions[here], t.rewards[here],
+                                       t.returns_to_go[here], None, 0, t.length)
+                continue
+            t = open_trajectory(folder / f"{name}.hdf5")
+        except BadTrajectory as error:
+            yield name, error
+            continue
+        except OSError as error:
+            yield name, BadTrajectory(f"{folder / PACK}: {name}: damaged inside ({error})")
+            continue
+        yield name, t
+        if t.file:
+            t.file.close()
+
+
+def has_data(folder):
+    """Whether a folder holds any trajectory, as a file or packed."""
+    return Path(folder).is_dir() and any(next(Path(folder).glob(x), None) for x in ("*.hdf5", PACK))
+
+
+def plain(name):
+    """A task's name less what its spellings differ in: case, "-" and "_", Meta-World's v2 or v3,
+    Atari's NoFrameskip-v4.
+    """
+    return re.sub(r"(noframeskip)?v\d$", "", re.sub(r"[-_]", "", name.lower()))
+
+
+def find_folder(root, task):
+    """The folder of a task's data: <root>/<domain>/<task>, or <root>/<task> as downloaded, also
+    where the name is spelled differently (see plain). The first, if none holds data.
+    """
+    root, (domain, _, name) = Path(root), task.partition("/")
+    candidates = [root / task]
+    for parent in (root / domain, root):
+        if parent.is_dir():
+            candidates += sorted(p for p in parent.iterdir() if plain(p.name) == plain(name))
+    return next((folder for folder in candidates if has_data(folder)), root / task)
+
+
+def is_public(folder):
+    """Whether a folder's data were converted or downloaded: data that make must leave alone."""
+    unfinished = folder / UNFINISHED
+    if unfinished.exists():
+        command = load_json(unfinished)["command"]
+        if " convert " in command:
+            raise SystemExit(f"{folder}: an unfinished conversion; complete it with: {command}")
+        return False
+    if (folder / "task.json").exists():
+        return "source" in load_json(folder / "task.json")
+    return has_data(folder)
+
+
+def load_card(folder, task=None):
+    """The card of a task's folder; of a download, which has none, made from some of its files."""
+    folder = Path(folder)
+    if (folder / "task.json").exists():
+        card = load_json(folder / "task.json")
+        lacking = [key for key in CARD if key not in card]
+        if lacking:
+            raise SystemExit(f"{folder / 'task.json'} has no {', '.join(lacking)}; see: python "
+                             f"data.py check {folder}")
+        return card
+    task = task or "/".join(folder.parts[-2:])
+    if not has_data(folder) or not is_public(folder):
+        raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make {task}")
+    stats = statistics(folder, at_most=SAMPLE)
+    if not stats["lengths"]:
+        raise SystemExit(f"{folder}: none of the trajectories that were tried is sound; see: "
+                         f"python data.py check {folder}")
+    if (folder / "episode_returns.json").exists() or (folder / PACK).exists():
+        stats["returns"] = episode_numbers(folder, "returns", "skip")
+    return task_card(task, stats | {"action": action_spec(task, stats["action"])},
+                     made_by="downloaded; mean and smallest return stand for reference and random",
+                     source="downloaded")
+
+
+def action_spec(task, action):
+    """How many actions a discrete task has: its simulator knows, the data show only those used."""
+    world = world_spec(task) if action["kind"] == "discrete" else None
+    return world["action"] if world and world["action"]["kind"] == "discrete" else action
+
+
+def load_json(path):
+    """The content of a JSON file; SystemExit names the file that holds no JSON object."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as JSON ({error}); restore it, or delete its "
+                         "folder and make or convert the data again") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path} is not a JSON object")
+    return content
+
+
+def load_index(folder, on_bad="refuse"):
     """Names (E,) and lengths (E,) of a task's trajectories, by name, and their pack or None.
 
     From the pack's own index, or from episode_lengths.json: no trajectory is opened. Only where
@@ -811,24 +1006,48 @@ def load_index(folder):
     if (folder / PACK).exists():
         pack = Pack(folder / PACK)
         return pack.names, pack.lengths, pack
-    index = folder / "episode_lengths.json"
-    if index.exists():
-        lengths = load_json(index)
-    else:
-        lengths = {path.stem: len(open_trajectory(path).rewards) for path in folder.glob("*.hdf5")}
+    lengths = episode_numbers(folder, "lengths", on_bad)
     names = sorted(lengths)
     # fixed-width bytes: a name of a million trajectories costs its letters, not a Python object
     return (np.array([name.encode() for name in names], bytes),
             np.array([lengths[name] for name in names], np.int64), None)
 
 
-def load_json(path):
-    """The content of a JSON file; SystemExit where it is none."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} is not JSON ({error}); delete it and run the command again"
-                         ) from None
+def episode_numbers(folder, what, on_bad="refuse"):
+    """{episode: steps or return}, what: "lengths" or "returns".
+
+    From the pack, else from the index, so that no file is opened, else from the files. An index
+    that lists other episodes than there are is refused, or with on_bad "skip" only what both know
+    is returned.
+    """
+    folder = Path(folder)
+    if (folder / PACK).exists():
+        pack = Pack(folder / PACK)
+        return dict(zip((x.decode() for x in pack.names), getattr(pack, what).tolist()))
+    path, stems, index = folder / f"episode_{what}.json", episodes_in(folder), {}
+    if path.exists():
+        index = load_json(path)
+        wrong = sorted(index.keys() ^ stems)
+        wrong += [s for s, x in index.items() if not isinstance(x, (int, float))
+                  or not math.isfinite(x) or what == "lengths" and not x > 0]
+        if wrong and on_bad == "refuse":
+            raise SystemExit(f"malformed data: {path} and the files disagree about {wrong[0]} and "
+                             f"{len(wrong) - 1} more; delete it, or go on without these: "
+                             f"--on-bad skip. See: python data.py check {folder}")
+        good = index.keys() - set(wrong)
+        index = {stem: index[stem] for stem in stems if stem in good}
+        if wrong:
+            print(f"skipped: {path} and the files disagree about {len(wrong)} episodes",
+                  file=sys.stderr)
+        return index
+    for stem in stems:
+        try:
+            with h5py.File(folder / f"{stem}.hdf5") as f:
+                rewards = f["rewards"]
+                index[stem] = len(rewards) if what == "lengths" else float(rewards[:].sum())
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+            index[stem] = 1             # it is named and refused, or skipped, where it is opened
+    return index
 
 
 # ------------------------------------------------------------------------------------ packed files
@@ -882,7 +1101,7 @@ def pack_task(folder, card=None, on_bad="refuse"):
     Memory holds one trajectory at a time.
     """
     folder = Path(folder)
-    names, lengths, packed = load_index(folder)
+    names, lengths, packed = load_index(folder, on_bad)
     if packed is not None:
         return len(names), packed.path.stat().st_size
     total, at, kept, temporary = int(lengths.sum()), 0, [], folder / f"{PACK}.tmp"
@@ -923,6 +1142,304 @@ def pack_task(folder, card=None, on_bad="refuse"):
     return len(kept), (folder / PACK).stat().st_size
 
 
+# -------------------------------------------------------------------------------------- conversion
+# A reader yields the episodes of one public format as (name, states, actions, rewards, terminated)
+# and may leave out what is `present` already. What is cut short at the end of a source is kept, as
+# an episode that did not terminate.
+def read_minari(args, present):
+    """Minari: data/main_data.hdf5 with groups episode_0, ...; one observation more than actions."""
+    with h5py.File(args.source / "data" / "main_data.hdf5") as f:
+        for name, episode in numbered(f, "episode_", present):
+            T = len(episode["rewards"])
+            yield (name, flatten(episode["observations"])[:T], episode["actions"][:],
+                   episode["rewards"][:], T > 0 and bool(episode["terminations"][T - 1]))
+
+
+def read_robomimic(args, present):
+    """robomimic and Mimicgen: groups data/demo_0, ... with obs/<key>, chosen by --obs-keys."""
+    keys = args.obs_keys or ROBOMIMIC_KEYS
+    with h5py.File(args.source) as f:
+        for name, demo in numbered(f["data"], "demo_", present):
+            lacking = [key for key in keys if key not in demo.get("obs", {})]
+            if lacking:
+                raise SystemExit(f"{args.source}: {demo.name} has no obs/{lacking[0]}, only: "
+                                 f"{', '.join(demo.get('obs', {}))}; choose with --obs-keys")
+            states = np.concatenate([flatten(demo["obs"][key]) for key in keys], axis=1)
+            dones = demo["dones"][:]
+            yield name, states, demo["actions"][:], demo["rewards"][:], bool(dones[-1:].any())
+
+
+def read_flat(args, present):
+    """D4RL and CompoSuite (500 steps): one stream, cut at terminals, timeouts, --episode-steps."""
+    limit = args.episode_steps or (500 if args.format == "composuite" else None)
+    with h5py.File(args.source) as f:
+        terminals, actions, rewards = f["terminals"][:].ravel() > 0, f["actions"], f["rewards"]
+        ends = terminals | (f["timeouts"][:].ravel() > 0) if "timeouts" in f else terminals
+        if not ends.any() and not limit:
+            raise SystemExit(f"{args.source} does not say where episodes end: it has no timeouts "
+                             "and no terminals; give their length with --episode-steps")
+        for k, (a, b) in enumerate(cut(ends, limit)):
+            if f"{k:06d}" not in present:
+                yield (f"{k:06d}", flatten(f["observations"], a, b), actions[a:b],
+                       rewards[a:b].ravel(), bool(terminals[b - 1]))
+
+
+def read_npz(args, present):
+    """A folder of .npz: states (or observations), actions, rewards, terminated."""
+    for path in sorted(args.source.glob("*.npz")):
+        if path.stem not in present:
+            with np.load(path, allow_pickle=False) as f:
+                states = flatten(f["states"] if "states" in f else f["observations"])
+                T = len(f["rewards"])
+                states = states[:T] if len(states) == T + 1 else states
+                yield (path.stem, states, f["actions"], f["rewards"],
+                       bool(np.ravel(f["terminated"])[-1:].any()))
+
+
+def read_dqn_replay(args, present):
+    """DQN Replay: gzipped arrays $store$_observation_ckpt.K.gz and so on of 84 x 84 frames, one
+    stream over the shards K, cut at terminals; read in blocks, at 7 GB a shard.
+
+    Its actions count a game's minimal set; here they become those of the full set of 18.
+    """
+    shard = lambda what, k: args.source / f"$store$_{what}_ckpt.{k}.gz"
+    names = args.source.glob("$store$_observation_ckpt.*.gz")
+    meaning, parts, steps, episode, last = minimal_actions(args.task), [], 0, 0, None
+    for k in sorted(int(path.name.split(".")[-2]) for path in names):
+        actions, rewards, terminals = (
+            np.load(gzip.open(shard(what, k)), allow_pickle=False)
+            for what in ("action", "reward", "terminal"))
+        if (actions < 0).any():                     # or it would count from the end
+            raise ValueError(f"shard {k} has negative actions")
+        if parts and k != last + 1:                 # a shard is missing: the stream breaks off
+            if f"{episode:06d}" not in present:
+                yield join(episode, parts, False)
+            parts, steps, episode = [], 0, episode + 1
+        for start, frames in npy_blocks(shard("observation", k)):
+            for a, b in cut(terminals[start:start + len(frames)] > 0):
+                here = slice(start + a, start + b)
+                old = f"{episode:06d}" in present
+                parts.append((None if old else to_frames(frames[a:b]), meaning[actions[here]],
+                              rewards[here]))
+                steps, ended = steps + b - a, bool(terminals[start + b - 1])
+                if ended or steps >= ATARI_STEPS:
+                    if not old:
+                        yield join(episode, parts, ended)
+                    parts, steps, episode = [], 0, episode + 1
+        last = k
+    if parts and f"{episode:06d}" not in present:
+        yield join(episode, parts, False)
+
+
+def join(episode, parts, terminated):
+    """Pieces [(states, actions, rewards)] -> what a reader yields."""
+    return (f"{episode:06d}", *(np.concatenate(x) for x in zip(*parts)), terminated)
+
+
+def npy_blocks(path, steps=1000):
+    """(start, array of up to `steps` rows) of a gzipped .npy that need not fit into memory."""
+    with gzip.open(path) as f:
+        version = np.lib.format.read_magic(f)
+        header = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}[version]
+        (T, *shape), fortran, dtype = header(f)
+        if fortran or dtype.hasobject:
+            raise ValueError(f"an array of {dtype} in an order that cannot be streamed")
+        for start in range(0, T, steps):
+            n = min(steps, T - start)
+            yield start, np.frombuffer(f.read(n * math.prod(shape) * dtype.itemsize),
+                                       dtype).reshape(n, *shape)
+
+
+def minimal_actions(task):
+    """The meaning, among all 18, of each action of an Atari game's minimal set, by its position."""
+    if install_line(task):
+        raise SystemExit(f"{task}: what its actions mean is known to the simulator alone; "
+                         f"install it with: {install_line(task)}")
+    env = make_env(task)
+    meaning = np.array([a.value for a in env.unwrapped.ale.getMinimalActionSet()])
+    env.close()
+    return meaning
+
+
+def cut(ends, limit=None):
+    """(start, stop) of the pieces of a stream that ends where `ends` (T,) is true, or after limit
+    steps; the last may be incomplete.
+    """
+    start = 0
+    for stop in [*(np.flatnonzero(ends) + 1), len(ends)]:
+        while limit and stop - start > limit:
+            yield start, start + limit
+            start += limit
+        if stop > start:
+            yield start, int(stop)
+        start = int(stop)
+
+
+def numbered(group, prefix, present):
+    """(six digits, subgroup) of prefix0, prefix1, ... in the order of the numbers, less present."""
+    for k in sorted(int(key[len(prefix):]) for key in group if key.startswith(prefix)):
+        if f"{k:06d}" not in present:
+            yield f"{k:06d}", group[f"{prefix}{k}"]
+
+
+def flatten(observations, start=None, stop=None):
+    """Vectors -> float32 (T, S), a dictionary joined in alphabetical order (gymnasium's); images
+    -> (T, 1, 64, 64).
+    """
+    if isinstance(observations, h5py.Group):
+        return np.concatenate([flatten(observations[key], start, stop)
+                               for key in sorted(observations)], axis=1)
+    x = observations[start:stop]
+    if x.dtype == np.uint8 and x.ndim >= 3:
+        return to_frames(x)
+    return x.reshape(len(x), -1).astype(np.float32)
+
+
+def to_frames(images):
+    """uint8 (T, H, W), (T, H, W, C) or (T, C, H, W) -> gray (T, 1, 64, 64), by areas."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] in (1, 3):
+        images = np.moveaxis(images, -1, 1)
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images {images.shape[1:]}; expected one channel or three")
+    images = to_gray(images)
+    if images.shape[2:] != (64, 64):
+        import cv2
+        images = np.stack([cv2.resize(x[0], (64, 64), interpolation=cv2.INTER_AREA)[None]
+                           for x in images])
+    return images
+
+
+READERS = {"minari": read_minari, "d4rl": read_flat, "robomimic": read_robomimic,
+           "dqn-replay": read_dqn_replay, "composuite": read_flat, "npz": read_npz}
+
+
+def map_actions(actions, args):
+    """Actions of a source -> int (T,) or float32 (T, A), on [-1, 1] if --action-low or
+    --clip-actions say how.
+    """
+    if actions.dtype.kind in "iub":
+        return actions.reshape(len(actions)).astype(np.int64)
+    actions = actions.reshape(len(actions), -1).astype(np.float64)
+    if args.action_low:
+        low, high = np.array(args.action_low), np.array(args.action_high)
+        actions = 2 * (actions - low) / (high - low) - 1
+    # 1.0000001 is what rounding leaves of 1
+    if args.clip_actions or len(actions) and np.abs(actions).max() < 1 + 1e-5:
+        actions = np.clip(actions, -1, 1)
+    return actions.astype(np.float32)
+
+
+def convert(args):
+    """Public data of another format -> <root>/<domain>/<task>/, see Convert; returns the number of
+    episodes. A kill at any moment loses one episode: the same command continues.
+    """
+    from tqdm import tqdm
+    folder, done = args.root / args.task, 0
+    if not _begin_conversion(args, folder):
+        return len(episodes_in(folder))
+    clip = args.task.split("/")[0] in DOMAINS and split_task(args.task)[0].clip_rewards
+    present, name = set(episodes_in(folder)), "nothing"
+    try:
+        for name, states, actions, rewards, end in tqdm(
+                READERS[args.format](args, present), desc="convert", unit="episode",
+                initial=len(present)):
+            bad = lambda reason: BadTrajectory(f"{args.source}: episode {name}: {reason}")
+            rewards = np.clip(rewards, -1, 1) if clip else rewards
+            try:
+                actions = map_actions(actions, args)
+                _check_values(bad, states, actions, rewards, None)
+            except (BadTrajectory, ValueError) as error:
+                if args.on_bad == "skip":
+                    print(f"skipped: {error}", file=sys.stderr)
+                    continue
+                raise SystemExit(f"{error}{_range_of(args, actions)}\nor leave such episodes out: "
+                                 "--on-bad skip") from None
+            write_trajectory(folder / f"{name}.hdf5", states, actions, rewards, end)
+            done += 1
+    except (OSError, EOFError, KeyError, ValueError, IndexError, zlib.error) as error:
+        raise SystemExit(f"{args.source} cannot be read as {args.format} after episode {name}: "
+                         f"{type(error).__name__}: {error}") from None
+    except ImportError as error:
+        raise SystemExit(f"pictures are resized by OpenCV ({error}); install it with: pip install "
+                         "opencv-python-headless; the same command continues") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command continues where it was") from None
+    if not done and not present:
+        raise SystemExit(f"{args.source} holds no episode in the format {args.format}")
+    _finish_conversion(args, folder)
+    return len(present) + done
+
+
+def _begin_conversion(args, folder):
+    """Mark the folder as unfinished; false if this very conversion is already complete."""
+    if not all(args.task.partition("/")):
+        raise SystemExit(f"--task {args.task} must be domain/task, for example mujoco/hopper")
+    if bool(args.action_low) != bool(args.action_high):
+        raise SystemExit("--action-low and --action-high go together: one number, or one for each "
+                         "dimension")
+    if not args.source.exists():
+        raise SystemExit(f"{args.source} does not exist")
+    source = {key: str(x) for key, x in asdict(args).items() if x and key not in ("root", "on_bad")}
+    words = ["python", "data.py", "convert", args.format, str(args.source)]
+    for key, x in asdict(args).items():
+        if x and key not in ("format", "source"):
+            values = [] if x is True else x if isinstance(x, tuple) else [x]
+            words += ["--" + key.replace("_", "-"), *map(str, values)]
+    unfinished, card = folder / UNFINISHED, folder / "task.json"
+    if card.exists() and not unfinished.exists() and load_json(card).get("source") == source:
+        print(f"{folder} is complete")
+        return False
+    begun = load_json(unfinished) if unfinished.exists() else {}
+    if has_data(folder) and not begun.get("source"):
+        raise SystemExit(f"{folder} holds other data; delete it, or choose another --root")
+    if begun and begun["source"] != source:
+        print(f"begun with other settings: {folder} starts anew")
+        for stem in episodes_in(folder):
+            (folder / f"{stem}.hdf5").unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(unfinished, {"command": shlex.join(words), "source": source})
+    return True
+
+
+def _range_of(args, actions):
+    """What to add to a refusal of continuous actions: the range of all, and what can be done."""
+    if actions.dtype.kind != "f" or actions.size == 0 or np.abs(actions).max() <= 1:
+        return ""
+    # the actions of the whole source, states unread as far as the format allows
+    spans = [(np.min(a), np.max(a)) for _, _, a, _, _ in READERS[args.format](args, ()) if a.size]
+    low, high = min(x for x, _ in spans), max(x for _, x in spans)
+    return (f"; all actions of the source lie between {low:.6g} and {high:.6g}: rescale them with "
+            f"--action-low {low:.6g} --action-high {high:.6g} (or what the task's action space "
+            "says), or cut them off with --clip-actions,")
+
+
+def _finish_conversion(args, folder):
+    """Index and card of converted data; says so where the simulator's world is another one."""
+    stats = statistics(folder)
+    stats["action"] = action_spec(args.task, stats["action"])
+    if stats["lengths"].keys() != set(episodes_in(folder)):
+        raise SystemExit(f"{args.source}: its episodes have states of different shapes; see: "
+                         f"python data.py check {folder}")
+    extra, how, reason = {}, "its smallest return stands for random", cannot_play(args.task, stats)
+    if reason:
+        print(f"{args.task} can be trained on, but not scored: {reason}", file=sys.stderr)
+    else:
+        n = min(20, math.ceil(20_000 / split_task(args.task)[0].steps))
+        extra["random_score"] = float(np.mean(_measure(
+            args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)), lambda steps: None)))
+        how = f"random measured over {n} episodes"
+    source = load_json(folder / UNFINISHED)["source"]
+    card = task_card(args.task, stats, **extra, source=source,
+                     made_by=f"converted from {args.format}: {args.source.name}; the data's mean "
+                             f"return stands for the reference, {how}")
+    write_card(folder, stats, card)
+    print(f"{folder}: {len(stats['lengths'])} episodes, {sum(stats['lengths'].values())} steps, "
+          f"mean return {card['reference_score']:.2f}, random {card['random_score']:.2f} ({how})")
+
+
 # ----------------------------------------------------------------------------------------- windows
 class Mixture:
     """The trajectories of several tasks: random windows for training, fixed ones to validate.
@@ -939,12 +1456,12 @@ class Mixture:
                  top_fraction=1.0, open_files=512):
         self.standardise, self.on_bad, self.open_files = standardise, on_bad, open_files
         self.root, self.tasks, self.cards = Path(root), list(tasks), {}
-        self.names, self.packs, self.reading = {}, {}, {}
+        self.names, self.packs, self.reading, self.folders = {}, {}, {}, {}
         self.cache, self.bad, self.process = OrderedDict(), set(), os.getpid()
         parts = {}, {}                                      # for training, for validation
         for task in dict.fromkeys((*tasks, *heldout)):
-            folder = self.root / task
-            card = self.cards[task] = load_card(folder)
+            folder = self.folders[task] = find_folder(root, task)
+            card = self.cards[task] = load_card(folder, task)
             card["heldout"] = task not in tasks
             if card["heldout"]:
                 continue
@@ -953,7 +1470,7 @@ class Mixture:
                 for key in ("state_mean", "state_std"):
                     self.reading[task][key] = np.asarray(card[key], np.float32)
             try:
-                names, lengths, self.packs[task] = load_index(folder)
+                names, lengths, self.packs[task] = load_index(folder, on_bad)
             except BadTrajectory as error:
                 raise SystemExit(f"malformed data: {error}") from None
             self.names[task] = names
@@ -985,7 +1502,7 @@ class Mixture:
     def _returns(self, task):
         if self.packs[task]:
             return self.packs[task].returns
-        returns = load_json(self.root / task / "episode_returns.json")
+        returns = episode_numbers(self.folders[task], "returns", self.on_bad)
         return np.array([returns[name.decode()] for name in self.names[task]])
 
     def get(self, task, episode, length):
@@ -1000,26 +1517,29 @@ class Mixture:
         if (task, episode) in self.cache:
             self.cache.move_to_end((task, episode))
             return self.cache[task, episode]
-        path = self.root / task / f"{self.names[task][episode].decode()}.hdf5"
+        path = self.folders[task] / f"{self.names[task][episode].decode()}.hdf5"
         try:
             trajectory = open_trajectory(path, self.cards[task], length)
         except BadTrajectory as error:
-            if self.on_bad == "refuse":
-                raise SystemExit(
-                    f"malformed data: {error}\nrepair or delete it, or go on without it: "
-                    "--on-bad skip. All faults at once: python data.py check "
-                    f"{self.root}"
-                ) from None
-            if path not in self.bad:
-                print(f"skipped: {error}", file=sys.stderr)
-                self.bad.add(path)
-            return None
+            return self.refuse(path, error)
         self.cache[task, episode] = trajectory
         if len(self.cache) > self.open_files:
             _, old = self.cache.popitem(last=False)
             if old.file:
                 old.file.close()
         return trajectory
+
+    def refuse(self, path, error):
+        """Stop, naming the file and what is wrong with it, or if on_bad is "skip" name it once."""
+        if self.on_bad == "refuse":
+            raise SystemExit(
+                f"malformed data: {error}\nrepair or delete it, or go on without it: "
+                "--on-bad skip. All faults at once: python data.py check "
+                f"{self.root}"
+            ) from None
+        if path not in self.bad:
+            print(f"skipped: {error}", file=sys.stderr)
+            self.bad.add(path)
 
     def window(self, row, start, context):
         """Steps start to start + context of a trajectory, row = (task, episode, length) of `train`
@@ -1039,11 +1559,9 @@ class Mixture:
             states = t.states[a:b]
             states = to_gray(states) if states.ndim == 4 else states
         except OSError as error:
-            raise SystemExit(
-                f"malformed data: {self.root / task}, {self.names[task][episode].decode()}: cannot "
-                f"be read at step {start} ({error}); delete it, or see: python data.py check "
-                f"{self.root}"
-            ) from None
+            name = self.names[task][episode].decode()
+            path = self.folders[task] / (f"{PACK}:{name}" if self.packs[task] else f"{name}.hdf5")
+            return self.refuse(path, f"{path}: damaged inside, at step {start} ({str(error)[:80]})")
         shifted = lambda x: np.concatenate([x[a - 1:a] if start else np.zeros_like(x[:1]),
                                             x[a:b - 1]])
         scale, rtg = np.float32(card["reward_scale"]), t.returns_to_go[a:b]
@@ -1132,33 +1650,195 @@ def collate(windows, context):
 
 
 # ----------------------------------------------------------------------------------------- program
-def task_folders(path):
-    """All folders below path that hold trajectories, as single files or packed."""
-    return sorted({p.parent for end in ("*.hdf5", PACK) for p in Path(path).rglob(end)})
+def task_folders(path, onerror=None):
+    """{folder: names of its files and its pack} of all folders at or below path that are a task's.
+
+    Follows symbolic links; onerror(OSError) is told of folders that may not be read.
+    """
+    if Path(path).is_file():
+        return {Path(path).parent: [Path(path).name]}
+    found, seen = {}, set()
+    for here, folders, files in os.walk(path, onerror=onerror, followlinks=True):
+        if os.path.realpath(here) in seen:      # a link to a folder further up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        names = sorted(n for n in (*folders, *files) if n.endswith(".hdf5") or n == PACK)
+        folders[:] = [n for n in folders if not n.endswith(".hdf5")]
+        if names or any(n in ("task.json", "episode_lengths.json") for n in files):
+            found[Path(here)] = names
+    return dict(sorted(found.items()))
 
 
-def check(path):
-    """Validate every trajectory below path; print the faults; returns their number."""
-    files = sorted(Path(path).rglob("*.hdf5"))
-    faults = 0
-    for file in files:
-        card = load_card(file.parent) if (file.parent / "task.json").exists() else None
+def task_name(folder, domain=None):
+    """The name domain/task of a folder; `domain` says it where the layout has none."""
+    return f"{domain}/{folder.name}" if domain else "/".join(folder.absolute().parts[-2:])
+
+
+def check_files(folder, names, card, alive=lambda steps: None):
+    """Worker: [(name, fault or None, facts)] of some files of a task, and of all in its pack.
+
+    facts: steps, return, specification and a digest of the content; None of a faulty one.
+    """
+    results = []
+    for name in names:
+        alive(0)                        # a sign of life: this process does not hang
+        if name == PACK:
+            for episode, t in trajectories(folder):
+                alive(0)
+                results.append(check_content(folder, f"{PACK}:{episode}", t, card))
+            continue
         try:
-            trajectory = open_trajectory(file, card)
-            trajectory.states[:]  # images: decompress everything once
-            if trajectory.file:
-                trajectory.file.close()
-        except (BadTrajectory, OSError) as error:
-            print(error)
-            faults += 1
-    print(f"{path}: {len(files)} trajectories, {faults} with faults")
-    return faults + (not files)
+            t = open_trajectory(folder / name, card)
+        except BadTrajectory as error:
+            t = error
+        results.append(check_content(folder, name, t, card))
+        if not isinstance(t, BadTrajectory) and t.file:
+            t.file.close()
+    return results
+
+
+def check_content(folder, name, t, card):
+    """A row of check_files for one trajectory, or for the BadTrajectory in its place."""
+    bad = lambda reason: BadTrajectory(f"{folder / name}: {reason}")
+    try:
+        if isinstance(t, BadTrajectory):
+            raise t
+        if name.startswith(PACK):
+            _check_values(bad, t.states, t.actions, t.rewards, card)
+        digest = hashlib.blake2b(t.actions.tobytes() + t.rewards.tobytes(), digest_size=8)
+        for start in range(0, len(t.rewards), 1000):            # images: decompress everything once
+            x = t.states[start:start + 1000]
+            digest.update(np.ascontiguousarray(x).tobytes())
+        spec = ("images" if x.ndim == 4 else x.shape[1:], t.actions.shape[1:])
+        return name, None, (len(t.rewards), float(t.rewards.sum()), spec, digest.hexdigest())
+    except BadTrajectory as error:
+        return name, str(error), None
+    except OSError as error:
+        return name, f"{folder / name}: damaged inside ({str(error)[:80]})", None
+
+
+def check_card(folder):
+    """(card or None, [fault]) of a folder's task.json, and of the mark that says "unfinished"."""
+    path, faults = folder / "task.json", []
+    if (folder / UNFINISHED).exists():
+        faults.append(f"{folder}: incomplete; {UNFINISHED} has the command that completes it")
+    if not path.exists():
+        return None, faults
+    try:
+        card = load_json(path)
+        shape, action = tuple(card["observation"]["shape"]), card["action"]
+        n = action["n"] if action["kind"] == "discrete" else action["dims"]
+        wrong = [] if 0 < n <= 18 else [f"has {n} actions"]
+        if plain(card["task"].split("/")[-1]) != plain(folder.absolute().name):
+            wrong.append(f"is the card of {card['task']}")
+        wrong += [f"{key} is {card[key]}" for key in (
+            "reward_scale", "target_return", "reference_score", "random_score")
+            if not math.isfinite(card[key]) or key == "reward_scale" and not card[key] > 0]
+        wrong += [f"{key} has shape {np.shape(card[key])}, observations have {shape}"
+                  for key in ("state_mean", "state_std") if np.shape(card[key]) != shape]
+    except SystemExit as error:
+        return None, [*faults, str(error)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return None, [*faults, f"{path}: not a task's card ({type(error).__name__}: {error})"]
+    return card, faults + [f"{path}: {reason}" for reason in wrong]
+
+
+def check_folder(folder, results, card, seen):
+    """Faults that single files do not show: the index, odd ones out, duplicates.
+
+    seen: {digest: path} over all folders. Data that data.py made may hold equal episodes: without
+    noise a world with few starts repeats itself.
+    """
+    facts = {name.removesuffix(".hdf5"): f for name, _, f in results if f}
+    files = {name[:-5] for name, _, _ in results if name.endswith(".hdf5")}
+    faults, packed = [], (folder / PACK).exists()
+    for k, what in enumerate(("lengths", "returns")):
+        path = folder / f"episode_{what}.json"
+        if not path.exists() or packed and not files:           # a pack has an index of its own
+            continue
+        try:
+            index = load_json(path)
+        except SystemExit as error:
+            faults.append(str(error))
+            continue
+        faults += [f"{path}: lists {stem}, but there is no such file"
+                   for stem in sorted(index.keys() - files)]
+        faults += [f"{path}: does not list {s}.hdf5" for s in sorted(files - index.keys())]
+        for stem in sorted(files & facts.keys() & index.keys()):
+            given, true = index[stem], facts[stem][k]
+            if not isinstance(given, (int, float)) or abs(given - true) > 1e-3 + 1e-4 * abs(true):
+                faults.append(f"{path}: says {given} of {stem}.hdf5, whose {what[:-1]} is {true}")
+    usual = Counter(f[2] for f in facts.values()).most_common(1)
+    for stem, (_, _, spec, digest) in facts.items():
+        path = folder / (stem if stem.startswith(PACK) else f"{stem}.hdf5")
+        if spec != usual[0][0]:
+            faults.append(f"{path}: states and actions {spec} each, elsewhere {usual[0][0]}")
+        twin = seen.setdefault(digest, path)
+        same = twin.parent == folder and twin.name == f"{stem.split(':')[-1]}.hdf5"   # and its pack
+        if twin != path and not same and (card is None or "source" in card):
+            faults.append(f"{path}: the same content as {twin}")
+    return faults
+
+
+def check(path, domain=None, processes=None):
+    """Validate everything below path, a folder at any level or one file; print each fault with path
+    and reason; returns their number. domain: of folders that have none above them.
+    """
+    from tqdm import tqdm
+    faults, seen, results, cards, jobs, checked = [], {}, {}, {}, [], 0
+
+    def report(lines):
+        faults.extend(lines)
+        for line in lines:
+            tqdm.write(line)
+    folders = task_folders(path, lambda error: report([f"{error.filename}: {error.strerror}"]))
+    for folder, names in folders.items():
+        cards[folder], found = check_card(folder)
+        report(found)
+        jobs += [(folder, names[i:i + 200], cards[folder] or _card_of_download(folder, domain))
+                 for i in range(0, max(1, len(names)), 200)]
+    total = sum(map(len, folders.values()))
+    # to start processes takes seconds
+    processes = processes or (min(os.cpu_count() or 1, 16) if total > 2000 else 1)
+    left = Counter(folder for folder, _, _ in jobs)
+    running = ((job, check_files(*job)) for job in jobs) if processes == 1 else \
+        run_jobs(jobs, processes, _start_checker)
+    with tqdm(total=total, desc="check", unit="file", leave=False) as bar:
+        for (folder, names, _), rows in running:
+            if isinstance(rows, Exception):         # a file that makes HDF5 itself crash
+                rows = [(f"{names[0]} to {names[-1]}", f"{folder / names[0]} to {names[-1]}: not "
+                         f"checked: {rows}", None)]
+            results.setdefault(folder, []).extend(rows)
+            report([fault for _, fault, _ in rows if fault])
+            bar.update(len(names))
+            checked += len(rows)
+            left[folder] -= 1
+            if not left[folder] and not Path(path).is_file():
+                report(check_folder(folder, results.pop(folder), cards[folder], seen))
+    if not total and not faults:
+        report([f"{path}: holds no trajectories (*.hdf5)"])
+    print(f"{path}: {checked} trajectories in {len(folders)} tasks, {len(faults)} faults")
+    return len(faults)
+
+
+def _start_checker():
+    """Each worker of eval.run_jobs does check_files."""
+    return lambda job, advance: check_files(*job, advance)
+
+
+def _card_of_download(folder, domain):
+    """What its files are compared with where there is no card, but a domain that eval.py knows."""
+    try:
+        return load_card(folder, task_name(folder, domain)) if domain in DOMAINS else None
+    except SystemExit:                  # no sound file, or unfinished: both are named anyway
+        return None
 
 
 def pack(path, on_bad="refuse"):
     """Pack every task below path; a task that is packed already is left alone."""
     from tqdm import tqdm
-    folders = task_folders(path)
+    folders = [folder for folder, names in task_folders(path).items() if names]
     if not folders:
         raise SystemExit(f"{path} holds no trajectories; make some with: python data.py make")
     for folder in tqdm(folders, desc="pack", unit="task"):
@@ -1171,31 +1851,150 @@ def pack(path, on_bad="refuse"):
         tqdm.write(f"{folder / PACK}: {count} trajectories, {size / 1e6:.1f} MB")
 
 
-def info(path):
-    """Print a table of what is below path."""
-    print(f"{'task':<36}{'episodes':>9}{'steps':>9}{'length':>8}{'return mean (min to max)':>28}"
-          f"{'consecutive actions':>21}")
-    for folder in task_folders(path):
-        lengths, returns, differ = [], [], []
-        for file in sorted(folder.glob("*.hdf5")):
-            t = open_trajectory(file)
-            lengths.append(len(t.rewards))
-            returns.append(t.rewards.sum())
-            a = t.actions
-            # Table 7 of the paper: mean squared difference, or how often it changes where actions
-            # are discrete
-            differ.append(
-                (np.mean((a[1:] - a[:-1]) ** 2) if a.ndim == 2 else np.mean(a[1:] != a[:-1]))
-                if len(a) > 1
-                else 0.0
-            )
-        spread = f"{np.mean(returns):.1f} ({np.min(returns):.1f} to {np.max(returns):.1f})"
-        kind = "squared diff." if a.ndim == 2 else "changes"
-        print(
-            f"{'/'.join(folder.parts[-2:]):<36}{len(lengths):>9}{sum(lengths):>9}"
-            f"{np.mean(lengths):>8.0f}"
-            f"{spread:>28}{np.mean(differ):>8.3f} {kind}"
-        )
+def describe(folder, task, sample=SAMPLE):
+    """A row of `info`: what the index says of all trajectories, and what at most `sample` say.
+
+    A bad file makes nothing fail: row["bad"] counts those met.
+    """
+    row = {"task": task, "bad": 0, "actions": [], "differ": [], "lengths": [], "returns": []}
+    for _, t in trajectories(folder, sample):
+        try:
+            if isinstance(t, BadTrajectory):
+                raise t
+            row["states"] = t.states
+            if t.states.ndim == 4:                          # six pictures of the way
+                at = np.linspace(0, len(t.rewards) - 1, 6).astype(int)
+                row["states"] = to_gray(np.stack([t.states[i] for i in at]))
+        except (BadTrajectory, OSError):
+            row["bad"] += 1
+            continue
+        a = t.actions
+        row["lengths"].append(len(a))
+        row["returns"].append(float(t.rewards.sum()))
+        row["actions"].append(a)
+        if len(a) > 1:      # Table 7: mean squared difference, or how often a discrete one changes
+            row["differ"].append(np.mean((a[1:] - a[:-1]) ** 2 if a.ndim == 2 else a[1:] != a[:-1]))
+    row["sampled"] = len(row["lengths"])
+    row["episodes"] = len(episodes_in(folder))
+    for what in ("lengths", "returns"):         # of all, where there is an index that can be read
+        try:
+            if (folder / PACK).exists() or (folder / f"episode_{what}.json").exists():
+                numbers = episode_numbers(folder, what, "skip")
+                row[what] = list(numbers.values()) or row[what]
+                row["episodes"] = max(row["episodes"], len(numbers))
+        except (SystemExit, BadTrajectory) as error:
+            print(error, file=sys.stderr)
+    return row
+
+
+def format_info(row):
+    """One line of the table; ~ marks a number of steps that was estimated from a sample."""
+    if not row["sampled"]:
+        return f"{row['task']:<40}{row['episodes']:>9}   none of {row['bad']} tried is sound"
+    lengths, returns = np.array(row["lengths"]), np.array(row["returns"])
+    every = len(lengths) == row["episodes"]
+    steps = f"{'' if every else '~'}{lengths.mean() * row['episodes']:.0f}"
+    spread = f"{returns.mean():.1f} ({returns.min():.1f} to {returns.max():.1f})"
+    discrete = row["actions"][0].ndim == 1
+    low, high = (f([f(a) for a in row["actions"]]) for f in (np.min, np.max))
+    actions = f"{low:.0f} to {high:.0f}" if discrete else f"{low:.2f} to {high:.2f}"
+    solved = f"{np.mean(returns >= 1):.0%}" if row["task"].startswith("mimicgen/") else ""
+    differ = f"{np.mean(row['differ'] or [0]):.4f} {'changes' if discrete else 'squared'}"
+    bad = f"  {row['bad']} malformed" if row["bad"] else ""
+    return (f"{row['task']:<40}{row['episodes']:>9}{steps:>11}{lengths.mean():>8.0f}{spread:>28}"
+            f"{solved:>8}{actions:>15}{differ:>16}{bad}")
+
+
+def info(path, domain=None, output=None, sample=SAMPLE):
+    """Print a table of what is at or below path, a row for each task and totals of each domain;
+    with `output` draw it too. Malformed files are counted, not fatal.
+    """
+    from tqdm import tqdm
+    folders = task_folders(path)
+    rows = [describe(folder, task_name(folder, domain), sample)
+            for folder in tqdm(folders, desc="info", unit="task", leave=False) if folders[folder]]
+    print(f"{'task':<40}{'episodes':>9}{'steps':>11}{'length':>8}"
+          f"{'return mean (min to max)':>28}{'solved':>8}{'actions':>15}{'consecutive':>16}")
+    for row in rows:
+        print(format_info(row))
+    for name in dict.fromkeys(row["task"].split("/")[0] for row in rows):
+        mine = [row for row in rows if row["task"].split("/")[0] == name and row["sampled"]]
+        steps = sum(np.mean(row["lengths"]) * row["episodes"] for row in mine)
+        differ = [np.mean(row["differ"] or [0]) for row in mine]
+        print(f"{name + ': ' + str(len(mine)) + ' tasks':<40}"
+              f"{sum(row['episodes'] for row in mine):>9}{steps:>11.0f}"
+              + (f"   consecutive {np.mean(differ):.4f} +- {np.std(differ):.4f}" if mine else ""))
+    print(f"Actions, and how much consecutive ones differ (mean squared difference, or the share "
+          f"of changes), from at most {sample} trajectories a task; lengths and returns from the "
+          "index where there is one, else from the same.")
+    if output:
+        draw_info([row for row in rows if row["sampled"]], output)
+        print(f"wrote {output}")
+
+
+def draw_info(rows, output, most=16):
+    """Returns, lengths, one episode and the actions of each task, thinned to `most` tasks."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    if len(rows) > most:
+        rows = [rows[int(k)] for k in np.linspace(0, len(rows) - 1, most)]
+    figure, axes = plt.subplots(len(rows), 4, figsize=(14, 1.6 * len(rows) + 0.6), squeeze=False,
+                                width_ratios=(3, 2, 5, 3), layout="constrained")
+    for (returns, lengths, episode, actions), row in zip(axes, rows):
+        for axis, what, colour in ((returns, "returns", "C0"), (lengths, "lengths", "C2")):
+            axis.hist(row[what], bins=30, color=colour)
+            axis.axvline(np.mean(row[what]), color="k", lw=0.8, ls="--")
+            axis.set_yticks([])
+            axis.ticklabel_format(axis="x", useOffset=False, style="plain")
+        if min(row["lengths"]) == max(row["lengths"]):      # a single bar says less than a word
+            lengths.clear()
+            lengths.set_axis_off()
+            lengths.text(0.5, 0.5, f"all {row['lengths'][0]} steps", ha="center", fontsize=9)
+        returns.set_title(f"{row['task']}  ({row['episodes']:,} episodes)", fontsize=9, loc="left")
+        _draw_episode(episode, row["states"])
+        _draw_actions(actions, row["actions"])
+        for axis in (returns, lengths, episode, actions):
+            axis.tick_params(labelsize=7)
+    for axis, title in zip(axes[0, 1:], ("length", "one episode over time", "actions")):
+        axis.set_title(title, fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel("return", fontsize=8)
+    axes[-1, 2].set_xlabel("step" if rows[-1]["states"].ndim == 2 else "", fontsize=8)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def _draw_episode(axis, states):
+    """Six pictures side by side, or a vector's coordinates (down) over time, each from its smallest
+    value, dark, to its largest.
+    """
+    if states.ndim == 4:
+        axis.imshow(np.concatenate(states[:, 0], axis=1), cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        return
+    low, high = states.min(0), states.max(0)
+    span = np.where(high - low > 1e-4, high - low, np.inf)  # what rests: dark throughout
+    axis.imshow(((states - low) / span).T, aspect="auto", interpolation="nearest")
+    axis.set_ylabel(f"{states.shape[1]} coordinates", fontsize=7)
+    axis.set_yticks([])
+
+
+def _draw_actions(axis, actions):
+    """How often each discrete action is taken, or each value of each dimension (down)."""
+    if actions[0].ndim == 1:
+        counts = np.bincount(np.concatenate(actions))
+        axis.bar(np.arange(len(counts)), counts / counts.sum(), color="C1")
+        axis.set_ylim(0, 1)
+        axis.set_yticks((0, 0.5, 1))
+        axis.set_ylabel("share", fontsize=7)
+        return
+    actions = np.concatenate(actions)
+    counts = np.stack([np.histogram(a, 40, (-1, 1))[0] for a in actions.T])
+    axis.imshow((counts / counts.max(1, keepdims=True)) ** 0.5, aspect="auto", extent=(
+        -1, 1, actions.shape[1] - 0.5, -0.5), cmap="magma", interpolation="nearest")
+    axis.set_yticks(range(actions.shape[1]))
+    axis.set_xticks((-1, -0.5, 0, 0.5, 1))
+    axis.set_ylabel("dimension", fontsize=7)
 
 
 @dataclass
@@ -1229,10 +2028,42 @@ class PackTasks:
 
 
 @dataclass
+class Convert:
+    """Public data of another format -> the layout of this file; interrupted, it continues."""
+    format: tyro.conf.Positional[Literal["minari", "d4rl", "robomimic", "dqn-replay", "composuite",
+                                         "npz"]]
+    """What the source is: a Minari folder, an HDF5 file of D4RL, of robomimic or Mimicgen, of
+    CompoSuite, a folder of DQN Replay's shards, or a folder of .npz."""
+    source: tyro.conf.Positional[Path]
+    """The file or folder that was downloaded."""
+    task: str
+    """The name domain/task that it gets; eval.py's own names (--list) can be scored too."""
+    root: Path = Path("datasets")
+    """Where the data go."""
+    action_low: tuple[float, ...] = ()
+    """The smallest action of the source (one number, or one a dimension), which becomes -1."""
+    action_high: tuple[float, ...] = ()
+    """The largest, which becomes 1."""
+    clip_actions: bool = False
+    """Cut actions off at -1 and 1 rather than refuse them."""
+    obs_keys: tuple[str, ...] = ()
+    """robomimic: observations to join, in order (default: hand's position and orientation,
+    gripper, object)."""
+    episode_steps: int | None = None
+    """d4rl, composuite: cut episodes at this many steps (composuite: 500)."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do with a malformed episode: stop and name it, or name it and go on."""
+
+
+@dataclass
 class Check:
     """Validate every trajectory below a folder; exit code 1 names the faults."""
     path: tyro.conf.Positional[Path] = Path("datasets")
-    """A folder at any level of the layout."""
+    """A folder at any level of the layout, or one file."""
+    domain: str | None = None
+    """The domain of folders that have none above them, as in downloads."""
+    processes: int | None = None
+    """Worker processes (default: one per core, at most 16; one for few files)."""
 
 
 @dataclass
@@ -1240,6 +2071,12 @@ class Info:
     """Counts, lengths, returns and action statistics of what is below a folder."""
     path: tyro.conf.Positional[Path] = Path("datasets")
     """A folder at any level of the layout."""
+    domain: str | None = None
+    """The domain of folders that have none above them, as in downloads."""
+    output: Path | None = None
+    """Draw it into this file, for example info.png."""
+    sample: int = SAMPLE
+    """Most trajectories to open per task."""
 
 
 def main(args):
@@ -1251,12 +2088,14 @@ def main(args):
         info(args.root)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)
+    elif isinstance(args, Convert):
+        convert(args)
     elif isinstance(args, Check):
-        sys.exit(1 if check(args.path) else 0)
+        sys.exit(1 if check(args.path, args.domain, args.processes) else 0)
     else:
-        info(args.path)
+        info(args.path, args.domain, args.output, args.sample)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Make | Annotated[PackTasks, tyro.conf.subcommand("pack")] | Check | Info,
-                  description=__doc__))
+    pack_tasks = Annotated[PackTasks, tyro.conf.subcommand("pack")]
+    main(tyro.cli(Make | Convert | pack_tasks | Check | Info, description=__doc__))

@@ -373,9 +373,9 @@ def all_tasks():
     ]
 
 
-def expand_tasks(names, heldout=False):
+def expand_tasks(names, heldout=False, root=None):
     """Names of tasks and of whole domains -> tasks; a domain stands for its training split, or with
-    heldout=True for its held-out one.
+    heldout=True for its held-out one. A folder below root is a task whatever its name.
     """
     tasks = []
     for name in names:
@@ -383,7 +383,8 @@ def expand_tasks(names, heldout=False):
             part = DOMAINS[name].heldout if heldout else DOMAINS[name].tasks
             tasks += [f"{name}/{task}" for task in part]
         else:
-            split_task(name)                    # refuses what does not exist
+            if not (root and "/" in name and (Path(root) / name).is_dir()):
+                split_task(name)                # refuses what does not exist
             tasks.append(name)
     return tuple(dict.fromkeys(tasks))
 
@@ -404,6 +405,8 @@ def split_task(task):
 
 def install_line(task):
     """None if the task's simulator is installed, else the line that installs it."""
+    if task.split("/")[0] not in DOMAINS:       # data that were converted: to train on alone
+        return "eval.py has none for this domain"
     domain, _ = split_task(task)
     found = importlib.util.find_spec(domain.package) is not None
     return None if found else f"pip install {domain.install}"
@@ -424,6 +427,41 @@ def make_env(task, render=False, limit=None):
     except ValueError as error:
         raise SystemExit(f"{task}: {error}") from None
     return gym.wrappers.TimeLimit(env, limit) if limit else env
+
+
+def world_spec(task):
+    """{"observation", "action"} of a task's world as in a card; None where there is no such world.
+
+    observation: {"kind": "image" or "vector", "shape"}; action: {"kind": "discrete", "n"} or
+    {"kind": "continuous", "dims"}.
+    """
+    try:
+        env = make_env(task)
+    except SystemExit:
+        return None
+    obs, action = env.observation_space, env.action_space
+    env.close()
+    return {"observation": {"kind": "image" if obs.dtype == np.uint8 else "vector",
+                            "shape": list(obs.shape)},
+            "action": {"kind": "discrete", "n": int(action.n)}
+            if isinstance(action, gym.spaces.Discrete)
+            else {"kind": "continuous", "dims": int(action.shape[0])}}
+
+
+def cannot_play(task, card):
+    """Why a policy trained on data with this card cannot be scored on the task here, or None."""
+    missing = install_line(task)
+    if missing:
+        return f"its simulator is not installed ({missing})"
+    if "made_by" in card and "source" not in card:      # made in this very world
+        return None
+    world = world_spec(task)
+    if world is None:
+        return "eval.py does not have this task"
+    for key in ("observation", "action"):
+        if world[key] != card[key]:
+            return f"its {key}s are {card[key]} in the data, {world[key]} in the simulator"
+    return None
 
 
 # ------------------------------------------------------------------------------------ rollout loop
@@ -1008,12 +1046,10 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
     for `timeout` seconds; results of several calls can be merged.
     """
     from tqdm import tqdm
-    counts = {t: episodes or split_task(t)[0].episodes for t in cards if not install_line(t)}
+    reasons = {task: cannot_play(task, card) for task, card in cards.items()}
+    counts = {t: episodes or split_task(t)[0].episodes for t in cards if not reasons[t]}
     for task in cards.keys() - counts.keys():
-        print(
-            f"{task} left out: its simulator is not installed ({install_line(task)})",
-            file=sys.stderr,
-        )
+        print(f"{task} left out: {reasons[task]}", file=sys.stderr)
     cost = {task: n * split_task(task)[0].steps for task, n in counts.items()}
     on_cpu = next(model.parameters()).device.type == "cpu"
     worth = on_cpu and len(counts) > 1 and sum(cost.values()) > 20_000

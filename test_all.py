@@ -11,10 +11,12 @@ where it is not installed.
 """
 import ast
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -2097,68 +2099,239 @@ def test_handles_are_not_shared_with_workers(tmp_path):
 
 
 def damage(path, how):
-    """One kind of fault in a good file."""
+    """One kind of fault in a good file, or in what stands beside it."""
+    folder = path.parent
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:900])
-        return
-    if how == "empty":
+    elif how == "empty":
         path.write_bytes(b"")
-        return
+    elif how == "not HDF5":
+        path.write_bytes(pickle.dumps(list(range(999))))
+    elif how in ("gone", "dangling link", "folder", "pipe"):
+        path.unlink()
+        if how == "dangling link":
+            path.symlink_to("nowhere.hdf5")
+        elif how == "folder":
+            path.mkdir()
+        elif how == "pipe":
+            os.mkfifo(path)
+    elif how.startswith("index"):
+        name = "episode_returns.json" if how.endswith("return") else "episode_lengths.json"
+        index = json.loads((folder / name).read_text())
+        index |= {"index: a file more": {"999999": 7}, "index: a file less": {},
+                  "index: a length": {path.stem: 29}, "index: a return": {path.stem: 1e6},
+                  "index: no number": {path.stem: "30"}, "index: no JSON": {}}[how]
+        if how == "index: a file less":
+            del index[path.stem]
+        text = json.dumps(index)
+        (folder / name).write_text(text[:-9] if how == "index: no JSON" else text)
+    elif how == "card: no JSON":
+        (folder / "task.json").write_text("[1, 2")
+    elif how.startswith("card"):
+        changes = {"card: another task": {"task": "darkroom/heldout"},
+                   "card: infinite": {"target_return": math.inf},
+                   "card: no number": {"reward_scale": "1"}, "card: statistics":
+                   {"state_mean": [0.0]}}[how]
+        (folder / "task.json").write_text(json.dumps(dark_card(**changes)))
+    else:
+        damage_inside(path, how)
+
+
+def damage_inside(path, how):
+    """One kind of fault in what a good file holds."""
     with h5py.File(path, "r+") as f:
+        T = len(f["states"])
+        put = {"NaN": ("states", np.full((T, 2), np.nan, np.float32)),
+               "lengths": ("rewards", np.zeros(3, np.float32)),
+               "dtype": ("states", np.zeros((T, 2), np.int64)),
+               "words": ("rewards", np.array([b"one"] * T)),
+               "action range": ("actions", np.full(T, 5)),
+               "negative action": ("actions", np.full(T, -1)),
+               "float action": ("actions", np.zeros(T, np.float32)),
+               "state shape": ("states", np.zeros((T, 3), np.float32)),
+               "number": ("actions", np.float32(0)), "dones": ("dones", np.zeros(T + 1, bool)),
+               "returns-to-go": ("returns_to_go", np.full(T, np.inf, np.float32))}
         if how == "missing key":
             del f["rewards"]
-        elif how == "NaN":
-            f["states"][3, 0] = np.nan
-        elif how == "lengths":
+        elif how == "no steps":
+            for key in list(f):
+                x = f[key][:0]
+                del f[key]
+                f[key] = x
+        elif how == "group":
             del f["rewards"]
-            f["rewards"] = np.zeros(3, np.float32)
-        elif how == "dtype":
-            states = f["states"][:].astype(np.int64)
-            del f["states"]
-            f["states"] = states
-        elif how == "action range":
-            f["actions"][2] = 5
-        elif how == "state shape":
-            del f["states"]
-            f["states"] = np.zeros((30, 3), np.float32)
+            f.create_group("rewards")
+        elif how == "link":                             # to another file, perhaps a secret one
+            del f["rewards"]
+            f["rewards"] = h5py.ExternalLink(next(path.parent.glob("*0.hdf5")).name, "rewards")
+        elif how == "terabytes":                        # claimed, not written
+            del f["rewards"]
+            f.create_dataset("rewards", (10 ** 12,), np.float32, chunks=(1000,))
+        else:
+            key, x = put[how]
+            if key in f:
+                del f[key]
+            f[key] = x
 
 
 @pytest.mark.parametrize("how,words", (
-    ("truncated", "truncated"), ("empty", "not a readable"), ("missing key", "has no rewards"),
+    ("truncated", "truncated"), ("empty", "0 bytes"), ("missing key", "has no rewards"),
     ("NaN", "NaN"), ("lengths", "lengths differ"), ("dtype", "expected float"),
-    ("action range", "expected 0 to 4"), ("state shape", "card says")))
+    ("action range", "expected 0 to 4"), ("state shape", "card says"), ("not HDF5", "not a read"),
+    ("no steps", "are 0"), ("dones", "lengths differ"), ("words", "not numbers"),
+    ("negative action", "expected 0 to 4"), ("float action", "expected int"),
+    ("number", "damaged"), ("group", "damaged"), ("link", "elsewhere"), ("terabytes", "claims"),
+    ("returns-to-go", "finite"), ("dangling link", "nowhere.hdf5, which does not exist"),
+    ("folder", "not a file"), ("pipe", "not a file"), ("gone", None)))
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     """With path and reason, by training and by `data.py check`; skipped on request."""
     folder = write_task(tmp_path, [30, 30, 30])
     number = data.Mixture(tmp_path, ["darkroom/train"]).train["darkroom"]["episode"][0]
     bad = f"{number:06d}"
-    damage(folder / f"{bad}.hdf5", how)
-    with pytest.raises(SystemExit, match=words) as error:
-        mixture = data.Mixture(tmp_path, ["darkroom/train"])
+    mixture = data.Mixture(tmp_path, ["darkroom/train"])
+    damage(folder / f"{bad}.hdf5", how)             # a file may vanish after it was listed, too
+    with pytest.raises(SystemExit, match=words or "does not exist") as error:
         for step in range(20):
             mixture.sample("darkroom", 4, 8, 0, step)
     assert f"{bad}.hdf5" in str(error.value) and "data.py check" in str(error.value)
-    assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
+    capsys.readouterr()
+    assert data.check(tmp_path) == 1
+    out = capsys.readouterr().out
+    assert bad in out and (words or "lists") in out
     mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip")
     for step in range(5):
         assert (mixture.sample("darkroom", 4, 8, 0, step)["obs"][:, 0, 0] != number).all()
     assert capsys.readouterr().err.count("skipped") == 1
+    data.info(tmp_path)
+    table = capsys.readouterr().out
+    assert ("1 malformed" in table) == (how not in ("gone", "state shape", "action range"))
 
 
-def test_an_index_that_disagrees_with_the_files(tmp_path):
-    """Another length, or a file that has gone: named, or skipped."""
-    for k, (change, words) in enumerate((
-            (lambda f: (f / "000001.hdf5").unlink(), "no such file"),
-            (lambda f: (f / "episode_lengths.json").write_text('{"000000": 30, "000001": 31}'),
-             "holds 30 steps, but the index says 31"))):
-        folder = write_task(tmp_path / str(k), [30, 30])
-        change(folder)
-        mixture = data.Mixture(tmp_path / str(k), ["darkroom/train"])
-        row = (0, 1, json.loads((folder / "episode_lengths.json").read_text())["000001"])
-        with pytest.raises(SystemExit, match=words):
-            mixture.window(row, 0, 10)
-        mixture.on_bad = "skip"
-        assert mixture.window(row, 0, 10) is None
+@pytest.mark.parametrize("how,words,trains", (
+    ("index: a file more", "lists 999999", "disagree about 999999"),
+    ("index: a file less", "does not list 000001.hdf5", "disagree about 000001"),
+    ("index: a length", "says 29 of 000001.hdf5, whose length is 30", "index says 29"),
+    ("index: a return", "says 1000000.0 of 000001.hdf5", None),
+    ("index: no number", "says 30 of 000001", "disagree about 000001"),
+    ("index: no JSON", "cannot be read as JSON", "cannot be read as JSON"),
+    ("card: no JSON", "cannot be read as JSON", "cannot be read as JSON"),
+    ("card: another task", "is the card of darkroom/heldout", None),
+    ("card: infinite", "target_return is inf", None),
+    ("card: no number", "not a task's card", None),
+    ("card: statistics", "observations have (2,)", None)))
+def test_indexes_and_cards_that_disagree(how, words, trains, tmp_path, capsys):
+    """Named by `check`, with the file; where training would be misled it stops."""
+    folder = write_task(tmp_path, [30, 30, 30])
+    data.write_json(folder / "episode_returns.json", data.statistics(folder)["returns"])
+    assert data.check(tmp_path) == 0
+    damage(folder / "000001.hdf5", how)
+    capsys.readouterr()
+    assert data.check(tmp_path) == 1
+    assert words in capsys.readouterr().out
+    data.info(tmp_path)                                 # says what it can
+    if trains:
+        with pytest.raises(SystemExit, match=trains):
+            mixture = data.Mixture(tmp_path, ["darkroom/train"])
+            for step in range(20):
+                mixture.sample("darkroom", 4, 8, 0, step)
+    if trains and "JSON" not in words:
+        mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip")
+        assert b"999999" not in mixture.names["darkroom/train"]
+        assert len(mixture.names["darkroom/train"]) == 3 - (words[:4] in ("does", "says")) + (
+            how == "index: a length")
+
+
+def test_check_finds_what_no_single_file_shows(tmp_path, capsys, monkeypatch):
+    """Duplicates, files of another shape, links that are fine, what may not be read, an unfinished
+    conversion, a file that vanishes between listing and reading.
+    """
+    folder = write_task(tmp_path, [30, 31, 30])
+    shutil.copy(folder / "000000.hdf5", folder / "000003.hdf5")
+    (folder / "000004.hdf5").symlink_to(folder / "000001.hdf5")
+    (folder / "episode_lengths.json").unlink()
+    assert data.check(tmp_path) == 0                    # of our own making: no noise, same start
+    (folder / "task.json").unlink()
+    capsys.readouterr()
+    assert data.check(tmp_path) == 2
+    out = capsys.readouterr().out
+    assert "000003.hdf5: the same content as" in out and "000004.hdf5: the same content" in out
+    damage(folder / "000002.hdf5", "state shape")
+    assert data.check(tmp_path) == 3 and "elsewhere" in capsys.readouterr().out
+    (folder / data.UNFINISHED).write_text('{"command": "python data.py convert ..."}')
+    assert data.check(tmp_path) == 4 and "incomplete" in capsys.readouterr().out
+
+    def guarded(path, *rest, real=h5py.File):
+        if str(path).endswith("000001.hdf5"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *rest)
+    monkeypatch.setattr(h5py, "File", guarded)
+    data.check(folder / "000001.hdf5")                  # the tests may run as root, who may all
+    assert "000001.hdf5: may not be read" in capsys.readouterr().out
+    assert "does not exist (any more)" in data.check_files(folder, ["9.hdf5"], None)[0][1]
+    assert data.check(tmp_path / "none") == 1 and "No such file" in capsys.readouterr().out
+
+
+def test_packs_are_checked_and_shown(tmp_path, capsys):
+    """With the files beside them or without; a fault inside is named by episode."""
+    download(tmp_path, ["metaworld/reach-v2"], [20, 30, 25])
+    folder = tmp_path / "metaworld" / "reach-v2"
+    data.info(tmp_path)
+    table = capsys.readouterr().out
+    single = data.statistics(folder)
+    data.pack(tmp_path)
+    assert data.check(tmp_path) == 0            # the same content in a file and its pack: no fault
+    for path in folder.glob("0*.hdf5"):
+        path.unlink()
+    assert data.check(tmp_path) == 0 and data.statistics(folder) == single
+    capsys.readouterr()
+    data.info(tmp_path)
+    assert capsys.readouterr().out == table
+    assert data.Mixture(tmp_path, ["metaworld/reach-v3"]).cards["metaworld/reach-v3"][
+        "target_return"] == max(single["returns"].values())
+    with h5py.File(folder / "pack.h5", "r+") as f:
+        f["actions"][25] = 2.0                  # a step of the second one
+    assert data.check(tmp_path) == 1
+    assert "pack.h5:000000001: actions from" in capsys.readouterr().out
+    (folder / "pack.h5").write_bytes((folder / "pack.h5").read_bytes()[:900])
+    assert data.check(tmp_path) == 1 and "not a whole pack" in capsys.readouterr().out
+    data.info(tmp_path)
+
+
+def test_check_in_several_processes_says_the_same(tmp_path, capsys):
+    """Of two tasks with a fault each."""
+    for k, task in enumerate(("darkroom/train", "darkroom/heldout")):
+        damage(write_task(tmp_path, [30, 30], task) / f"00000{k}.hdf5", "NaN")
+    lines = []
+    for processes in (1, 2):
+        assert data.check(tmp_path, processes=processes) == 2
+        lines.append(sorted(capsys.readouterr().out.splitlines()))
+    assert lines[0] == lines[1]
+
+
+def test_damaged_frames_are_refused_or_skipped(tmp_path, capsys):
+    """Frames are read from the file when they are needed; so is what is wrong with them."""
+    folder = tmp_path / "atari" / "freeway"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        states = rng.integers(0, 256, (60, 1, 64, 64)).astype(np.uint8)
+        data.write_trajectory(folder / f"{k}.hdf5", states, rng.integers(0, 18, 60),
+                              rng.random(60), False)
+    mixture = data.Mixture(tmp_path, ["atari/freeway"])
+    bad = mixture.train["atari"]["episode"][0]
+    content = bytearray((folder / f"{bad}.hdf5").read_bytes())
+    content[100_000:140_000] = bytes(40_000)            # in the middle of the frames
+    (folder / f"{bad}.hdf5").write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{bad}.hdf5: damaged inside"):
+        for step in range(20):
+            mixture.sample("atari", 4, 8, 0, step)
+    mixture = data.Mixture(tmp_path, ["atari/freeway"], on_bad="skip")
+    for step in range(9):
+        mixture.sample("atari", 4, 8, 0, step)
+    assert capsys.readouterr().err.count("skipped") == 1
+    assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
+    data.info(tmp_path, output=tmp_path / "info.png")
+    assert (tmp_path / "info.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_public_files_are_read(tmp_path):
@@ -2174,6 +2347,283 @@ def test_public_files_are_read(tmp_path):
     luma = image[1:3, 0] * 0.299 + image[1:3, 1] * 0.587 + image[1:3, 2] * 0.114
     assert np.abs(gray[:, 0] - luma).max() <= 0.5 + 1e-6
     assert trajectory.returns_to_go.tolist() == [5, 4, 3, 2, 1]
+
+
+def download(root, names, lengths, seed=0):
+    """Task folders as the public data have them: no domain, no card, scalar `dones`."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (Path(root) / name).mkdir(parents=True)
+        for k, T in enumerate(lengths):
+            with h5py.File(Path(root) / name / f"{k:09d}.hdf5", "w") as f:
+                f["states"] = rng.normal(size=(T, 39)).astype(np.float32)
+                f["actions"] = rng.uniform(-1, 1, (T, 4)).astype(np.float32)
+                f["rewards"], f["dones"] = rng.random(T).astype(np.float32), True
+                f["returns_to_go"] = np.cumsum(f["rewards"][:][::-1])[::-1]
+
+
+@pytest.mark.parametrize("task,folders", (
+    ("metaworld/reach-v3", ("reach-v2", "metaworld/reach_v2", "reach-v3", "Reach",
+                            "metaworld/reach-v3")),
+    ("atari/ms_pacman", ("ms-pacman", "MsPacmanNoFrameskip-v4", "atari/MsPacman")),
+    ("dmcontrol/finger-turn_easy", ("finger_turn_easy", "dmcontrol/finger-turn-easy"))))
+def test_downloads_are_found(task, folders, tmp_path):
+    """Under the spellings of their names, with a domain's folder above them or without."""
+    for k, folder in enumerate(folders):
+        download(tmp_path / str(k), [folder, "reach-wall-v2", "metaworld/push-v2"], [3])
+        assert data.find_folder(tmp_path / str(k), task) == tmp_path / str(k) / folder
+    assert data.find_folder(tmp_path, task) == tmp_path / task      # where they would be made
+
+
+def test_downloads_are_trained_on_as_they_are(tmp_path, monkeypatch):
+    """Nothing is generated, nothing is written beside them; the card is made in memory."""
+    monkeypatch.chdir(tmp_path)
+    folder = "reach-v2"
+    download("d", [folder, "push-v2"], [20, 30, 25])
+    before = sorted(Path("d").rglob("*"))
+    train.main(train.Args(tasks=("metaworld/reach-v3",), data_root=Path("d"), steps=2, warmup=1,
+                          batch_size=2, episodes=0, layers=1))
+    assert sorted(Path("d").rglob("*")) == before
+    card = lram.load_checkpoint("runs/mlstm/checkpoint.pt")["cards"]["metaworld/reach-v3"]
+    rewards, states = [], []
+    for path in sorted(Path("d", folder).glob("*.hdf5")):
+        with h5py.File(path) as f:
+            rewards.append(f["rewards"][:].sum())
+            states.append(f["states"][:])
+    assert np.isclose(card["target_return"], max(rewards)) and card["reward_scale"] == 200
+    assert np.isclose(card["reference_score"], np.mean(rewards))
+    assert np.isclose(card["random_score"], min(rewards)) and card["action"]["dims"] == 4
+    assert np.allclose(card["state_mean"], np.concatenate(states).mean(0), atol=1e-5)
+    assert data.check("d", domain="metaworld") == 0
+
+
+def test_images_of_downloads_become_gray_in_the_card(tmp_path):
+    """RGB files under an Atari name with hyphens: the card says (1, 64, 64) and all 18 actions."""
+    folder = tmp_path / "ms-pacman"
+    folder.mkdir()
+    image = np.random.RandomState(0).randint(0, 256, (5, 3, 64, 64), dtype=np.uint8)
+    with h5py.File(folder / "000000000.hdf5", "w") as f:
+        f["states"], f["actions"], f["rewards"] = image, np.arange(5), np.ones(5, np.float32)
+        f["dones"] = True
+    assert data.find_folder(tmp_path, "atari/ms_pacman") == folder
+    card = data.load_card(folder, "atari/ms_pacman")
+    assert card["observation"]["shape"] == [1, 64, 64] and card["action"]["n"] == 18
+    assert np.allclose(card["state_mean"], data.to_gray(image).mean(0), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- public data formats
+def known_episodes(lengths, widths=(6,), A=3, seed=0):
+    """[({width: states}, actions, rewards, terminated)]; the last one is incomplete."""
+    rng = np.random.default_rng(seed)
+    return [([rng.normal(size=(T + 1, w)).astype(np.float32) for w in widths],
+             rng.uniform(-1, 1, (T, A)).astype(np.float32), rng.random(T).astype(np.float32),
+             k + 1 < len(lengths)) for k, T in enumerate(lengths)]
+
+
+def write_minari(path):
+    """Nested observations, of which there is one more than actions; ends as they may be."""
+    episodes = known_episodes((7, 1, 12, 5), (2, 3, 4))
+    (path / "data").mkdir(parents=True)
+    with h5py.File(path / "data" / "main_data.hdf5", "w") as f:
+        for k, ((goal, arm, hand), actions, rewards, end) in enumerate(episodes):
+            e = f.create_group(f"episode_{k * 6}")          # 0, 6, 12, 18: 12 before 6 as words
+            e["observations/goal"], e["observations/z/hand"] = goal, hand
+            e["observations/z/arm"], e["actions"], e["rewards"] = arm, actions, rewards
+            e["terminations"] = np.arange(len(rewards)) == (len(rewards) - 1 if end else -1)
+            e["truncations"] = np.zeros(len(rewards), bool)
+    return [(f"{k * 6:06d}", np.concatenate(o, 1)[:-1], a, r, end)
+            for k, (o, a, r, end) in enumerate(episodes)]
+
+
+def write_robomimic(path):
+    """Observations by key, joined in the order hand, gripper, object; an image that is not read."""
+    episodes = known_episodes((9, 4, 6), (3, 4, 2, 5))
+    with h5py.File(path, "w") as f:
+        for k, (parts, actions, rewards, end) in enumerate(episodes):
+            demo = f.create_group(f"data/demo_{(2, 10, 1)[k]}")
+            for key, x in zip(data.ROBOMIMIC_KEYS, parts):
+                demo[f"obs/{key}"] = x[:-1]
+            demo["obs/agentview_image"] = np.zeros((len(rewards), 8, 8, 3), np.uint8)
+            demo["actions"], demo["rewards"] = actions, rewards
+            demo["dones"] = (np.arange(len(rewards)) == len(rewards) - 1) * int(end)
+    known = [(f"{(2, 10, 1)[k]:06d}", np.concatenate(o, 1)[:-1], a, r, end)
+             for k, (o, a, r, end) in enumerate(episodes)]
+    return sorted(known)
+
+
+def write_flat(path, lengths, timeouts):
+    """One stream; the second episode runs out of time, the last stops with the file."""
+    episodes = known_episodes(lengths)
+    with h5py.File(path, "w") as f:
+        f["observations"] = np.concatenate([o[0][:-1] for o, _, _, _ in episodes])
+        f["actions"] = np.concatenate([a for _, a, _, _ in episodes])
+        f["rewards"] = np.concatenate([r for _, _, r, _ in episodes])
+        last = np.cumsum(lengths) - 1
+        where = lambda k: np.isin(np.arange(sum(lengths)), last[list(k)])
+        f["terminals"] = where((0, 2)) if timeouts else where(())
+        if timeouts:
+            f["timeouts"] = where((1,))
+    return [(f"{k:06d}", o[0][:-1], a, r, timeouts and k in (0, 2))
+            for k, (o, a, r, _) in enumerate(episodes)]
+
+
+def write_npz(path):
+    """Discrete actions; the end as one number."""
+    path.mkdir()
+    rng, known = np.random.default_rng(0), []
+    for k, T in enumerate((100, 3, 8)):
+        states, actions = rng.integers(0, 10, (T, 2)).astype(np.float32), rng.integers(0, 5, T)
+        rewards = rng.random(T).astype(np.float32)
+        np.savez(path / f"run{k}.npz", states=states, actions=actions.astype(np.uint8),
+                 rewards=rewards, terminated=k != 2)
+        known.append((f"run{k}", states, actions, rewards, k != 2))
+    return known
+
+
+def write_dqn_replay(path):
+    """Even frames, which no way to resize can change; an episode across two shards of 1200, which
+    are read in blocks of 1000; actions that count Breakout's four.
+    """
+    import gzip
+    path.mkdir()
+    lengths, rng = (300, 850, 500, 750), np.random.default_rng(0)
+    gray = rng.integers(0, 256, 2400).astype(np.uint8)
+    stream = {"observation": np.broadcast_to(gray[:, None, None], (2400, 84, 84)),
+              "action": rng.integers(0, 4, 2400).astype(np.int32),
+              "reward": rng.integers(-1, 2, 2400).astype(np.float32),
+              "terminal": np.isin(np.arange(2400), np.cumsum(lengths)[:3] - 1).astype(np.uint8)}
+    for what, x in stream.items():
+        for shard in (0, 1):
+            with gzip.open(path / f"$store$_{what}_ckpt.{shard + 9}.gz", "wb", 1) as f:
+                np.save(f, x[1200 * shard:1200 * (shard + 1)])
+    known, start = [], 0
+    for k, T in enumerate(lengths):
+        here = slice(start, start + T)
+        states = np.broadcast_to(gray[here, None, None, None], (T, 1, 64, 64))
+        known.append((f"{k:06d}", states, np.array([0, 1, 3, 4])[stream["action"][here]],
+                      stream["reward"][here], k < 3))
+        start += T
+    return known
+
+
+FORMATS = {
+    "minari": ("robots/known", write_minari), "robomimic": ("robots/known", write_robomimic),
+    "d4rl": ("robots/known", partial(write_flat, lengths=(7, 20, 1, 5), timeouts=True)),
+    "composuite": ("robots/known", partial(write_flat, lengths=(500, 500, 30), timeouts=False)),
+    "npz": ("darkroom/train", write_npz), "dqn-replay": ("atari/breakout", write_dqn_replay)}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_public_formats_are_converted_exactly(format, tmp_path, monkeypatch, capsys):
+    """To the last bit, the incomplete episode at the end too; after a kill the same as without."""
+    task, write = FORMATS[format]
+    if format == "dqn-replay":
+        pytest.importorskip("ale_py")
+        monkeypatch.setattr(data, "_measure", lambda *_: [1.0])     # the random policy takes long
+    known = write(tmp_path / "source")
+    args = data.Convert(format, tmp_path / "source", task, tmp_path / "d")
+    write_trajectory, count = data.write_trajectory, []
+
+    def killed(path, *rest):
+        count.append(path)
+        if len(count) == 3:
+            (path.parent / f"{path.name}.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write_trajectory(path, *rest)
+    monkeypatch.setattr(data, "write_trajectory", killed)
+    with pytest.raises(SystemExit, match="continues"):
+        data.convert(args)
+    folder = tmp_path / "d" / task
+    with pytest.raises(SystemExit, match="complete it with"):       # training would make data
+        data.is_public(folder)
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*.hdf5")}
+    assert len(stamps) == 2
+    assert data.convert(args) == len(known) and len(count) == len(known) + 1
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert data.episodes_in(folder) == [name for name, *_ in known]
+    for name, states, actions, rewards, end in known:
+        with h5py.File(folder / f"{name}.hdf5") as f:
+            assert np.array_equal(f["states"], states) and np.array_equal(f["rewards"], rewards)
+            assert np.array_equal(f["actions"], actions)
+            assert f["dones"][:].tolist() == [False] * (len(rewards) - 1) + [end]
+    returns = [float(r.sum()) for _, _, _, r, _ in known]
+    card = data.load_card(folder)
+    assert np.isclose(card["target_return"], 80 if format == "npz" else max(returns), atol=1e-3)
+    assert np.isclose(card["reference_score"], np.mean(returns), atol=1e-3)
+    assert format == "npz" and card["random_score"] < 5 and card["action"]["n"] == 5 or \
+        format == "dqn-replay" and card["random_score"] == 1 or \
+        np.isclose(card["random_score"], min(returns), atol=1e-3)
+    assert np.allclose(card["state_mean"], np.concatenate([s for _, s, *_ in known]).mean(0),
+                       atol=1e-4)
+    assert data.is_public(folder) and data.check(tmp_path / "d") == 0
+    assert data.convert(args) == len(known) and "complete" in capsys.readouterr().out
+
+
+def test_a_missing_shard_ends_an_episode(tmp_path):
+    """What is on its two sides is never joined; and what is present stays away in that case too."""
+    pytest.importorskip("ale_py")
+    known = write_dqn_replay(tmp_path / "s")
+    for path in (tmp_path / "s").glob("*.10.gz"):
+        path.rename(path.with_name(path.name.replace(".10.gz", ".12.gz")))
+    args = data.Convert("dqn-replay", tmp_path / "s", "atari/breakout")
+    read = {name: (len(rewards), end)
+            for name, _, _, rewards, end in data.read_dqn_replay(args, ())}
+    assert read == {"000000": (300, True), "000001": (850, True), "000002": (50, False),
+                    "000003": (450, True), "000004": (750, False)}
+    some = {"000001", "000002", "000004"}
+    assert {name for name, *_ in data.read_dqn_replay(args, some)} == read.keys() - some
+    assert len(known) == 4
+
+
+def test_converted_data_of_an_unknown_domain_are_trained_on(tmp_path, monkeypatch, capsys):
+    """Without a simulator there is no score, and nothing is generated."""
+    monkeypatch.chdir(tmp_path)
+    write_flat(tmp_path / "flat.hdf5", (30, 40, 20, 30), timeouts=True)
+    data.main(data.Convert("d4rl", Path("flat.hdf5"), "robots/known"))
+    train.main(train.Args(tasks=("robots/known",), steps=2, warmup=1, batch_size=2, layers=1))
+    out = capsys.readouterr()
+    assert "robots/known cannot be scored" in out.err and "validation perplexity" in out.out
+    assert len(list(Path("datasets/robots/known").glob("*.hdf5"))) == 4
+
+
+def test_data_of_another_world_are_not_scored():
+    """Converted for a task of ours, but with other observations or actions; or a task we lack."""
+    card = dark_card(source="downloaded")
+    assert worlds.cannot_play("darkroom/train", card) is None
+    for change in ({"observation": {"kind": "vector", "shape": [3]}},
+                   {"action": {"kind": "discrete", "n": 4}}):
+        assert "in the simulator" in worlds.cannot_play("darkroom/train", card | change)
+    assert "does not have" in worlds.cannot_play("darkroom/third", card)
+
+
+def test_actions_of_another_range(tmp_path, monkeypatch):
+    """Refused with the range of all of them; rescaled or cut off on request, from the start."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "s").mkdir()
+    wide = [rng.uniform(-1, 1, (9, 2)), rng.uniform(-2, 6, (9, 2)), rng.uniform(-1, 1, (9, 2))]
+    wide[2][4] = -2.5, 7
+    for k, actions in enumerate(wide):
+        np.savez(tmp_path / "s" / f"{k}.npz", states=rng.normal(size=(9, 3)), actions=actions,
+                 rewards=np.ones(9), terminated=False)
+    args = data.Convert("npz", tmp_path / "s", "robots/wide", tmp_path / "d")
+    with pytest.raises(SystemExit, match="between -2.5 and 7: .*--clip-actions"):
+        data.convert(args)
+    written = lambda k: h5py.File(tmp_path / "d/robots/wide" / f"{k}.hdf5")["actions"][:]
+    assert data.convert(replace(args, action_low=(-3.0,), action_high=(7.0, 9.0))) == 3
+    for k, actions in enumerate(wide):          # the first one too, which had been written before
+        assert np.allclose(written(k), (actions + 3) / np.array([5, 6]) - 1, atol=1e-6)
+    with pytest.raises(SystemExit, match="other data"):
+        data.convert(replace(args, clip_actions=True))
+    shutil.rmtree(tmp_path / "d")
+    monkeypatch.setattr(data, "write_trajectory", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        data.convert(replace(args, clip_actions=True, root=tmp_path / "e"))
+    monkeypatch.undo()
+    words = json.loads((tmp_path / "e/robots/wide/unfinished.json").read_text())["command"]
+    done = run(REPOSITORY / "data.py", *shlex.split(words)[2:])     # the command that it advises
+    assert done.returncode == 0 and data.check(tmp_path / "e") == 0
+    assert data.convert(replace(args, clip_actions=True)) == 3
+    assert all(np.allclose(written(k), np.clip(a, -1, 1)) for k, a in enumerate(wide))
 
 
 def test_generation_resumes_and_repeats(tmp_path, monkeypatch):

@@ -154,10 +154,11 @@ def resolve(args):
     if args.image_context > args.context:
         args = dataclasses.replace(args, image_context=args.context)
     every = args.validate_every or max(1, math.ceil(args.steps / 6))
-    tasks = expand_tasks(args.tasks)
+    tasks = expand_tasks(args.tasks, root=args.data_root)
     heldout = data.default_heldout(tasks) if args.heldout is None else args.heldout
     return dataclasses.replace(args, validate_every=every, tasks=tasks,
-                               heldout=expand_tasks(heldout, heldout=True))
+                               heldout=expand_tasks(heldout, heldout=True,
+                                                    root=args.data_root))
 
 
 def run_folder(args):
