@@ -1807,8 +1807,7 @@ def check(path, domain=None, processes=None):
     with tqdm(total=total, desc="check", unit="file", leave=False) as bar:
         for (folder, names, _), rows in running:
             if isinstance(rows, Exception):         # a file that makes HDF5 itself crash
-                rows = [(f"{names[0]} to {names[-1]}", f"{folder / names[0]} to {names[-1]}: not "
-                         f"checked: {rows}", None)]
+                rows = [("", f"{folder / names[0]} to {names[-1]}: not checked: {rows}", None)]
             results.setdefault(folder, []).extend(rows)
             report([fault for _, fault, _ in rows if fault])
             bar.update(len(names))
