@@ -26,11 +26,7 @@ The public data sets themselves are read as downloaded: <root>/<task>/ without a
 without task.json, under their spellings of a task's name (find_folder, load_card).
 
 Source: LRAM (arXiv 2410.22391), section 4.1 and appendix B.
-<<<<<<< HEAD
 Not included: data sets that are spread over several machines.
-=======
-Not included: packed files, training data larger than one machine.
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
 """
 
 import contextlib
@@ -40,7 +36,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -48,10 +43,6 @@ import stat
 import sys
 import zlib
 from collections import Counter, OrderedDict
-<<<<<<< HEAD
-from concurrent.futures import ProcessPoolExecutor
-=======
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -1440,11 +1431,7 @@ def _finish_conversion(args, folder):
     else:
         n = min(20, math.ceil(20_000 / split_task(args.task)[0].steps))
         extra["random_score"] = float(np.mean(_measure(
-<<<<<<< HEAD
-            args.task, "random", range(RANDOM_SEED, RANDOM_SEED + n), lambda steps: None)))
-=======
             args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)), lambda steps: None)))
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
         how = f"random measured over {n} episodes"
     source = load_json(folder / UNFINISHED)["source"]
     card = task_card(args.task, stats, **extra, source=source,
@@ -1690,28 +1677,18 @@ def task_name(folder, domain=None):
     return f"{domain}/{folder.name}" if domain else "/".join(folder.absolute().parts[-2:])
 
 
-<<<<<<< HEAD
-def check_files(folder, names, card):
-=======
 def check_files(folder, names, card, alive=lambda steps: None):
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
     """Worker: [(name, fault or None, facts)] of some files of a task, and of all in its pack.
 
     facts: steps, return, specification and a digest of the content; None of a faulty one.
     """
     results = []
     for name in names:
-<<<<<<< HEAD
-        if name == PACK:
-            results += [check_content(folder, f"{PACK}:{episode}", t, card)
-                        for episode, t in trajectories(folder)]
-=======
         alive(0)                        # a sign of life: this process does not hang
         if name == PACK:
             for episode, t in trajectories(folder):
                 alive(0)
                 results.append(check_content(folder, f"{PACK}:{episode}", t, card))
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
             continue
         try:
             t = open_trajectory(folder / name, card)
@@ -1827,20 +1804,12 @@ def check(path, domain=None, processes=None):
     # to start processes takes seconds
     processes = processes or (min(os.cpu_count() or 1, 16) if total > 2000 else 1)
     left = Counter(folder for folder, _, _ in jobs)
-<<<<<<< HEAD
-    context = multiprocessing.get_context("spawn")
-    with tqdm(total=total, desc="check", unit="file", leave=False) as bar, \
-            ProcessPoolExecutor(processes, context) as pool:
-        run = map if processes == 1 else pool.map
-        for (folder, names, _), rows in zip(jobs, run(check_files, *zip(*jobs)) if jobs else ()):
-=======
     running = ((job, check_files(*job)) for job in jobs) if processes == 1 else \
         run_jobs(jobs, processes, _start_checker)
     with tqdm(total=total, desc="check", unit="file", leave=False) as bar:
         for (folder, names, _), rows in running:
             if isinstance(rows, Exception):         # a file that makes HDF5 itself crash
                 rows = [("", f"{folder / names[0]} to {names[-1]}: not checked: {rows}", None)]
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
             results.setdefault(folder, []).extend(rows)
             report([fault for _, fault, _ in rows if fault])
             bar.update(len(names))
@@ -1854,14 +1823,11 @@ def check(path, domain=None, processes=None):
     return len(faults)
 
 
-<<<<<<< HEAD
-=======
 def _start_checker():
     """Each worker of eval.run_jobs does check_files."""
     return lambda job, advance: check_files(*job, advance)
 
 
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
 def _card_of_download(folder, domain):
     """What its files are compared with where there is no card, but a domain that eval.py knows."""
     try:

@@ -2297,8 +2297,6 @@ def test_packs_are_checked_and_shown(tmp_path, capsys):
     data.info(tmp_path)
 
 
-<<<<<<< HEAD
-=======
 def test_check_in_several_processes_says_the_same(tmp_path, capsys):
     """Of two tasks with a fault each."""
     for k, task in enumerate(("darkroom/train", "darkroom/heldout")):
@@ -2310,7 +2308,6 @@ def test_check_in_several_processes_says_the_same(tmp_path, capsys):
     assert lines[0] == lines[1]
 
 
->>>>>>> e2b65097af4f26e39e26579a106507c2e44efc5b
 def test_damaged_frames_are_refused_or_skipped(tmp_path, capsys):
     """Frames are read from the file when they are needed; so is what is wrong with them."""
     folder = tmp_path / "atari" / "freeway"
