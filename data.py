@@ -352,7 +352,7 @@ def heading(rotation, axis=0):
 def step_over(place, target, rise, slack, slope=3.0):
     """The way (3,) from `place` to `target`: up, at `rise` above it to the side, and down to it."""
     aside = target[:2] - place[:2]
-    above = np.clip(slope * (np.linalg.norm(aside) - slack), 0, rise)        # a funnel over the target
+    above = np.clip(slope * (np.linalg.norm(aside) - slack), 0, rise)    # a funnel
     up = target[2] + above - place[2]
     return np.append(aside * np.clip(1 - (up - 0.01) / 0.04, 0, 1), up)
 
@@ -495,7 +495,7 @@ def mimicgen_jobs(env, sim):
             height, above = ((0.061, 0.045), (0.023, 0), (0.075, 0.04), (0.04, 0.005))[k]
             # nearer to the robot than the middle of its part, which not every arm can reach
             target = sim.target_bin_placements[k] + (-0.03, -0.04, 0.04 + height)
-            across, period = (0, np.pi / 2) if k < 2 else (np.pi / 2, np.pi) if k == 2 else (None, 1)
+            across, period = ((0, np.pi / 2), (0, np.pi / 2), (np.pi / 2, np.pi), (None, 1))[k]
             job(thing, target, across, period, (0, 0, above), rise=0.15, slack=0.03)
             if k < 2:
                 fingers_beside(jobs[-1], [data.body(other.root_body).xpos

@@ -458,6 +458,8 @@ class Robosuite(gym.Env):
         return self.renderer.render()
 
     def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
         self.sim.close()
 
 
@@ -468,9 +470,9 @@ def open_box(x, y, z, wall):
     return [((0, 0, wall - z), (x, y, wall)), *sides, *ends]
 
 
-# CompoSuite's four factors, in geometry of our own (its meshes need its own simulator). The object
-# starts left of the robot and its goal is on the right. Parts are boxes (centre, half size) in
-# metres; the gripper opens 5.8 cm and closes along y.
+# CompoSuite's four factors, in geometry of our own instead of its meshes. The robot looks along x;
+# the object starts on its right (y < 0), the goal is on its left, the obstacle between. Parts are
+# boxes (centre, half size) in metres; the gripper opens 5.8 cm and closes along y.
 COMPOSUITE_ROBOTS = ("IIWA", "Jaco", "Kinova3", "Panda")
 COMPOSUITE_OBJECTS = {
     "Box": [((0, 0, 0), (0.02, 0.02, 0.02))],
