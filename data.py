@@ -56,6 +56,7 @@ import tyro
 from eval import (
     ATARI_STEPS,
     DOMAINS,
+    TABLE,
     DarkRoom,
     Domain,
     cannot_play,
@@ -319,6 +320,199 @@ class BreakoutExpert:
         return RIGHT if error > self.TOLERANCE else LEFT if error < -self.TOLERANCE else NOOP
 
 
+# A robot's hand takes things one after the other and brings each where it belongs. Everything below
+# follows from where things are now, so noise that knocks the arm about cannot derail it: there are
+# no phases to remember. Coordinates are the world's, in metres; z points up.
+@dataclass
+class Job:
+    """One thing to be brought to one place, as the state of the world has it now."""
+    thing: object                   # robosuite's model of it
+    place: np.ndarray               # (3,) where it is
+    grasp: np.ndarray               # (3,) where the hand takes it
+    across: float | None            # the fingers close along this direction (rad), None: along any
+    period: float                   # ... modulo this
+    target: np.ndarray              # (3,) where to let go of it
+    rise: float = 0.1               # how far above its target it travels
+    turn: float = 0.0               # how far it has still to be turned (rad)
+    slack: float = 0.01             # how far beside its target it may be let down
+    slope: float = 3.0              # of the funnel through which it comes down
+    via: np.ndarray | None = None   # (3,) where it has to go first
+
+
+def wrap(angle, period):
+    """The angle nearest to 0 that is the same modulo `period`."""
+    return (angle + period / 2) % period - period / 2
+
+
+def heading(rotation, axis=0):
+    """Direction in the plane (rad) of an axis of a (3, 3) rotation."""
+    return np.arctan2(rotation[1, axis], rotation[0, axis])
+
+
+def step_over(place, target, rise, slack, slope=3.0):
+    """The way (3,) from `place` to `target`: up, at `rise` above it to the side, and down to it."""
+    aside = target[:2] - place[:2]
+    above = np.clip(slope * (np.linalg.norm(aside) - slack), 0, rise)    # a funnel
+    up = target[2] + above - place[2]
+    return np.append(aside * np.clip(1 - (up - 0.01) / 0.04, 0, 1), up)
+
+
+class ArmExpert:
+    """Does the first of `jobs` that is not done: over the thing, down, close, over its place, down,
+    open. jobs(env, sim) -> [Job]; act(sim, step 3, turn 3, grip) -> action of the task.
+    """
+
+    NEAR, LOST = 0.012, 0.03        # from the grasp: close the fingers, open them again
+
+    def __init__(self, env, jobs, act):
+        self.env, self.sim, self.jobs, self.act = env, env.unwrapped.sim, jobs, act
+        self.closing = False
+
+    def __call__(self, obs, reward):
+        data = self.sim.sim.data._data
+        site = self.sim.robots[0].eef_site_id["right"]
+        hand, frame = data.site_xpos[site], data.site_xmat[site].reshape(3, 3)
+        step, turn, grip = self.decide(hand, frame)
+        # and upright: the rotation that brings the hand's axis down
+        rotation = np.cross(frame[:, 2], (0, 0, -1)) + (0, 0, turn)
+        return np.clip(self.act(self.sim, step, rotation, grip), -1, 1).astype(np.float32)
+
+    def decide(self, hand, frame):
+        """(step (3,), turn (rad) about z, grip: -1 open, 1 closed)."""
+        for job in self.jobs(self.env.unwrapped, self.sim):
+            held = self.sim._check_grasp(self.sim.robots[0].gripper, job.thing)
+            beside = np.linalg.norm(job.place[:2] - job.target[:2])
+            low = job.place[2] < job.target[2] + 0.01
+            done = low and beside < (1.5 * job.slack if held else 0.04)
+            if done and held:
+                return np.zeros(3), 0.0, -1.0                   # stay until the fingers let go
+            if not done:
+                break
+        if done:                                                # all: out of the way
+            return np.array([0, 0, job.target[2] + job.rise + 0.1 - hand[2]]), 0.0, -1.0
+        if held:
+            # what still has to turn stays up
+            rise, slack = job.rise, job.slack if abs(job.turn) < 0.06 else -1
+            target = job.target if job.via is None else job.via
+            return step_over(job.place, target, rise, slack, job.slope), job.turn, 1.0
+        turn = 0 if job.across is None else wrap(job.across - heading(frame), job.period)
+        away = np.linalg.norm(job.grasp - hand)
+        self.closing = away < (self.LOST if self.closing else self.NEAR)
+        hover = max(0.1, job.rise + 0.03)
+        step = step_over(hand, job.grasp, hover, 0.01 if abs(turn) < 0.1 else -1)
+        return step, turn, 1.0 if self.closing else -1.0
+
+
+def hand_action(sim, step, turn, grip):
+    """For OSC_POSE, whose action is a motion and a turn of the hand."""
+    step = 15 * step
+    return np.concatenate([step / max(1, np.abs(step).max()), np.clip(turn, -0.5, 0.5), [grip]])
+
+
+def joint_action(sim, step, turn, grip):
+    """For JOINT_POSITION: the joints that move the hand so, by damped least squares,
+    dq = J^T (J J^T + 0.001 I)^-1 (step, turn).
+    """
+    import mujoco
+    model, data, robot = sim.sim.model._model, sim.sim.data._data, sim.robots[0]
+    J = np.zeros((6, model.nv))
+    mujoco.mj_jacSite(model, data, J[:3], J[3:], robot.eef_site_id["right"])
+    J = J[:, robot._ref_joint_vel_indexes]
+    step = step * min(1, 0.1 / max(np.linalg.norm(step), 1e-6))
+    dq = 13 * J.T @ np.linalg.solve(J @ J.T + 1e-3 * np.eye(6), np.append(step, turn))
+    return np.append(dq / max(1, np.abs(dq).max()), grip)
+
+
+def composuite_jobs(env, sim):
+    """The object to its goal: around the obstacle if it is pushed, above it otherwise."""
+    _, _, obstacle, objective = env.factors
+    body = sim.sim.data._data.body(sim.bodies["object"].root_body)
+    place, goal = body.xpos, sim.sim.data._data.body(sim.bodies["goal"].root_body).xpos
+    rise, low = {"PickPlace": (0.12, TABLE + 0.015), "Push": (0.0, TABLE),
+                 "Shelf": (0.06, TABLE + 0.13), "Trashcan": (0.04, TABLE + 0.15)}[objective]
+    height = sim.things["object"][0][2] - TABLE                 # of the centre above the ground
+    target = np.append(goal[:2], low + height)
+    via = None
+    if objective == "Push" and obstacle != "None":
+        x, y, _ = sim.sim.data._data.body(sim.bodies["obstacle"].root_body).xpos
+        gap = x if obstacle == "ObjectDoor" else x + 0.145      # through the door, round the wall
+        if place[1] < y + 0.05:
+            before = place[1] < y - 0.05 and abs(place[0] - gap) > 0.015
+            via = np.array([gap, place[1] if before else y + 0.1, target[2]])
+    grasp = np.append(place[:2], max(place[2], TABLE + 0.014))
+    turn = wrap(-heading(body.xmat.reshape(3, 3)), np.pi)
+    return [Job(sim.bodies["object"], place, grasp, np.pi / 2, np.pi, target, rise, turn, 0.015,
+                via=via)]
+
+
+def fingers_beside(job, others):
+    """Grasp a square thing by the two sides on which its nearest neighbour is not."""
+    x, y, _ = min((place - job.place for place in others), key=np.linalg.norm)
+    if np.hypot(x, y) < 0.1:
+        job.period = np.pi
+        if abs(wrap(job.across - np.arctan2(y, x), np.pi)) < np.pi / 4:
+            job.across += np.pi / 2
+
+
+def mimicgen_jobs(env, sim):
+    """Cubes onto cubes, nuts onto pegs, groceries into their part of the bin."""
+    data, jobs = sim.sim.data._data, []
+
+    def job(thing, target, across=0, period=np.pi / 2, grasp=(0, 0, 0), **options):
+        body = data.body(thing.root_body)
+        rotation = body.xmat.reshape(3, 3)
+        across = None if across is None else heading(rotation) + across
+        jobs.append(Job(thing, body.xpos, body.xpos + rotation @ grasp, across, period,
+                        np.array(target), **options))
+        return rotation
+
+    if hasattr(sim, "cube"):                                    # Lift: to a place ever ahead of it
+        job(sim.cube, data.body(sim.cube.root_body).xpos + (-0.05, 0, 0.1), rise=0)
+    elif hasattr(sim, "cubeA"):
+        stack = [sim.cubeB, sim.cubeA, *([sim.cubeC] if hasattr(sim, "cubeC") else [])]
+        for below, cube in zip(stack, stack[1:]):
+            height = below.size[2] + cube.size[2] + 0.004
+            job(cube, data.body(below.root_body).xpos + (0, 0, height), rise=0.08)
+            fingers_beside(jobs[-1], [data.body(c.root_body).xpos for c in stack if c is not cube])
+    elif hasattr(sim, "nuts"):
+        mode = sim.single_object_mode
+        for k, nut in enumerate(sim.nuts if mode == 0 else sim.nuts[sim.nut_id:][:1]):
+            peg = data.xpos[(sim.peg1_body_id, sim.peg2_body_id)[k]]
+            around = data.body(nut.root_body).xpos[2] < 0.945   # the peg: just push
+            rotation = job(nut, [*peg[:2], 0.855], np.pi / 2, np.pi,
+                           (0.065 + 0.005 * k, 0, 0), rise=0.13,
+                           slack=0.02 if around else 0.004, slope=20.0)
+            # square on square, and the handle not away from the robot, where no hand can reach
+            turns = [wrap(angle - heading(rotation), 2 * np.pi)
+                     for angle in (-np.pi / 2, np.pi / 2, np.pi)]
+            jobs[-1].turn = min(turns, key=abs)
+    else:
+        single = sim.single_object_mode
+        for k, thing in enumerate(sim.objects):
+            if single and k != sim.object_id:
+                continue
+            # milk, bread, cereal, can: height of centre and of the grasp above it; thin along y
+            height, above = ((0.061, 0.045), (0.023, 0), (0.075, 0.04), (0.04, 0.005))[k]
+            # nearer to the robot than the middle of its part, which not every arm can reach
+            target = sim.target_bin_placements[k] + (-0.03, -0.04, 0.04 + height)
+            across, period = ((0, np.pi / 2), (0, np.pi / 2), (np.pi / 2, np.pi), (None, 1))[k]
+            job(thing, target, across, period, (0, 0, above), rise=0.15, slack=0.03)
+            if k < 2:
+                fingers_beside(jobs[-1], [data.body(other.root_body).xpos
+                                          for other in sim.objects if other is not thing])
+    return jobs
+
+
+def ComposuiteExpert(env):
+    """The script of every Composuite task: ArmExpert with joint actions."""
+    return ArmExpert(env, composuite_jobs, joint_action)
+
+
+def MimicgenExpert(env):
+    """The script of every Mimicgen task: ArmExpert with motions of the hand."""
+    return ArmExpert(env, mimicgen_jobs, hand_action)
+
+
 # ----------------------------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class Recipe:
@@ -343,6 +537,9 @@ RECIPES = {
     "atari/freeway": Recipe(FreewayExpert, episodes=16, sigma=0.1, references=8),
     "atari/pong": Recipe(PongExpert, episodes=10, sigma=0.02, references=5),
     "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8),
+    "composuite": Recipe(ComposuiteExpert, episodes=20, sigma=0.2, references=10,
+                         success_only=True),
+    "mimicgen": Recipe(MimicgenExpert, sigma=0.2, references=10, success_only=True),
 }
 
 

@@ -1644,7 +1644,8 @@ def test_rollout_gives_every_seed_its_own_episode():
 
 
 WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balance",
-               "atari/freeway", "atari/breakout")
+               "atari/freeway", "atari/breakout", "composuite/Panda_Box_None_PickPlace",
+               "mimicgen/Sawyer_Stack_D0")
 
 
 @pytest.mark.parametrize("task", WORLD_TASKS)
@@ -1683,7 +1684,7 @@ def test_world_contract(task):
     ("metaworld/drawer-close-v3", 1000), ("metaworld/window-open-v3", 400),
     ("metaworld/button-press-topdown-v3", 1000), ("dmcontrol/cartpole-balance", 990),
     ("dmcontrol/cartpole-swingup", 700), ("dmcontrol/point_mass-easy", 600),
-    ("dmcontrol/reacher-easy", 500), ("atari/freeway", 27)))
+    ("dmcontrol/reacher-easy", 500), ("atari/freeway", 27), ("mimicgen/Panda_Stack_D0", 0.99)))
 def test_experts_do_the_task(task, least):
     """Far above the random policy, on seeds that the data do not use."""
     if worlds.install_line(task):
@@ -1692,6 +1693,52 @@ def test_experts_do_the_task(task, least):
     returns = [e.rewards.sum()
                for e in worlds.rollout(partial(worlds.make_env, task), expert, [900, 901], 2)]
     assert np.mean(returns) > least, returns
+
+
+def test_composuite_is_all_combinations():
+    """256 names, of which Panda with ObjectWall is held out; each factor is built as named: the
+    one-hots say it, an obstacle stands where None has zeros, the arm has its own base.
+    """
+    domain = worlds.DOMAINS["composuite"]
+    assert len(domain.tasks) == 240 and len(domain.heldout) == 16
+    names = {name for name in domain.tasks + domain.heldout}
+    assert len(names) == 256 and all("Panda_" in n and "_ObjectWall_" in n for n in domain.heldout)
+    assert [len({name.split("_")[k] for name in names}) for k in range(4)] == [4] * 4
+    if worlds.install_line("composuite/all"):
+        pytest.skip(worlds.install_line("composuite/all"))
+    for k in range(4):                                  # every value of every factor
+        choice = [values[(k + shift) % 4] for shift, values in enumerate(worlds.COMPOSUITE_FACTORS)]
+        env = worlds.make_env("composuite/" + "_".join(choice))
+        obs, _ = env.reset(seed=3)
+        assert obs.shape == (93,) and obs.dtype == np.float32
+        assert np.flatnonzero(obs[45:61]).tolist() == [4 * i + (k + i) % 4 for i in range(4)]
+        assert (obs[14:28] == 0).all() == (choice[2] == "None")
+        assert np.allclose(obs[42:45], obs[28:31] - obs[:3], atol=1e-6)
+        assert np.allclose(obs[61:68] ** 2 + obs[68:75] ** 2, 1, atol=1e-5)      # cos, sin
+        # the object's place as the hand sees it, turned back into the world
+        assert np.isclose(np.linalg.norm(obs[7:10]), np.linalg.norm(obs[:3] - obs[82:85]),
+                          atol=1e-4)
+        obs, reward, terminated, _, info = env.step(np.zeros(8, np.float32))
+        assert np.isfinite(obs).all() and 0 <= reward < 0.2 and not terminated
+        assert info["success"] == 0.0
+        env.close()
+
+
+@pytest.mark.parametrize("task", (
+    "composuite/IIWA_Dumbbell_GoalWall_Trashcan", "composuite/Kinova3_Box_ObjectDoor_Push"))
+def test_composuite_is_solved_and_goes_on(task):
+    """The script lets go of the object in its place; from then on each step is worth 1."""
+    if worlds.install_line(task):
+        pytest.skip(worlds.install_line(task))
+    make = partial(worlds.make_env, task, limit=200)
+    expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
+    episode, = worlds.rollout(make, expert, [901])
+    assert episode.success and not episode.terminated and len(episode.rewards) == 200
+    first = int(np.argmax(episode.rewards == 1))
+    assert 50 < first and (episode.rewards[first:] == 1).all()
+    # it was reached for, grasped and brought there, each worth more than what comes before it
+    assert (episode.rewards[:first] < 1).all() and (episode.rewards[:first] > 0.3).any()
+    assert np.abs(episode.actions).max() <= 1
 
 
 def test_noise_is_executed_and_not_recorded():
