@@ -43,6 +43,7 @@ import stat
 import sys
 import zlib
 from collections import Counter, OrderedDict
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ from eval import (
     rollout,
     run_jobs,
     split_task,
+    to_gray,
     world_spec,
 )
 
@@ -513,6 +515,193 @@ def MimicgenExpert(env):
     return ArmExpert(env, mimicgen_jobs, hand_action)
 
 
+# ---------------------------------------------------------------------------------------- planners
+# Experts for games without a script: they try plans out in copies of the simulator, which shows them
+# the future. What they do is therefore not always a function of what can be seen, and is harder to
+# clone than a script.
+HORIZON, COMMIT = 24, 4        # decisions: the length of a plan, and how much of it is carried out
+DISCOUNT = 0.99                # of rewards in a plan: sooner is better
+
+
+def planner(rng, look, simulate, actions, noop, count, longest=(8, HORIZON)):
+    """policy(obs, reward) that searches anew every COMMIT decisions, or when it was disturbed.
+
+    look() -> array, what is to be seen now; simulate(plans (count, HORIZON)) -> scores (count,) and
+    what would be seen before each decision of each plan, [count][COMMIT + 1]. The plans are the
+    rest of the last one, which the others have to beat, doing nothing, and random ones that hold
+    each of `actions` for 2 decisions to one of `longest`. Equal scores: the first, so that nothing
+    changes without a reason.
+    """
+    plan, seen, t = np.full(HORIZON, noop), None, COMMIT
+
+    def policy(obs, reward):
+        nonlocal plan, seen, t
+        now = look()
+        if seen is None or t == COMMIT or not np.array_equal(now, seen[t]):
+            rest = plan if seen is None else np.append(plan[t:], np.repeat(rng.choice(actions), t))
+            plans = np.stack([rest, np.full(HORIZON, noop)]
+                             + [random_plan(rng, actions, longest) for _ in range(count - 2)])
+            scores, views = simulate(plans)
+            best, t = int(np.argmax(scores)), 0
+            plan, seen = plans[best], views[best]
+        t += 1
+        return int(plan[t - 1])
+    return policy
+
+
+def random_plan(rng, actions, longest):
+    """(HORIZON,) actions, each held for 2 decisions to one of `longest`."""
+    lengths = rng.integers(2, rng.choice(longest) + 1, HORIZON // 2)       # enough: at least 2 each
+    return np.repeat(rng.choice(actions, HORIZON // 2), lengths)[:HORIZON]
+
+
+def atari_planner(env, count=16):
+    """Plans in a second emulator: the most points, above all without losing a life."""
+    from ale_py import Action, ALEInterface, roms
+    game = env.unwrapped
+    ale = ALEInterface()
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.setInt("frame_skip", 4)                            # a decision of the environment
+    ale.loadROM(roms.get_rom_path(game.spec.kwargs["game"]))
+    actions = [action.value for action in ale.getMinimalActionSet()]
+
+    def simulate(plans):
+        start, scores, views = game.ale.cloneState(), [], []
+        for plan in plans:
+            ale.restoreState(start)
+            lives, score, seen = ale.lives(), 0.0, [ale.getRAM()]
+            for t, action in enumerate(plan):
+                score += DISCOUNT ** t * ale.act(Action(action))
+                if t < COMMIT:
+                    seen.append(ale.getRAM())
+                if ale.game_over():
+                    break
+            lost = lives - ale.lives() + ale.game_over()
+            scores.append(score - 1000.0 * lost)
+            views.append(seen)
+        return scores, views
+    # the episode's own luck, copied: games that start alike are not played alike
+    return planner(deepcopy(game.np_random), game.ale.getRAM, simulate, actions, NOOP, count)
+
+
+# The actions that a Procgen game knows (1 left, 7 right, 3 down, 5 up, 4 stay, those between them
+# diagonal, 9 shoots): fewer are searched sooner and are easier to clone.
+CROSS, MOVES, SHOOT = (1, 3, 5, 7), tuple(range(9)), tuple(range(10))
+PROCGEN_ACTIONS = {
+    "chaser": CROSS, "leaper": CROSS, "miner": CROSS, "fruitbot": (1, 4, 7, 9), "bossfight": SHOOT,
+    "caveflyer": SHOOT, "dodgeball": SHOOT, "plunder": SHOOT, "starpilot": SHOOT,
+}
+PROCGEN_STAY = 4
+# where the goal lies in every level; elsewhere the planner prefers what it has not seen yet
+PROCGEN_TOWARDS = {"coinrun": (6, 7, 8), "ninja": (6, 7, 8), "climber": (2, 5, 8), "leaper": (5,)}
+
+
+def coarse(picture):
+    """(64, 64, 3) uint8 -> bytes, equal for pictures that hardly differ."""
+    return (picture[::4, ::4] >> 5).tobytes()
+
+
+def procgen_planner(env, count=32):
+    """Plans in copies of the game: the most reward, above all without an end that pays nothing."""
+    game, visits = env.unwrapped, Counter()
+    sims, towards = game.copies(count), PROCGEN_TOWARDS.get(game.name, ())
+
+    def look():
+        visits[coarse(game.picture)] += 1
+        return game.picture
+
+    def simulate(plans):
+        sims.callmethod("set_state", [game.state()] * count)
+        # 1 % of a reward between plans that pay the same: for the direction, or for new places
+        scores, alive = 0.01 * np.isin(plans, towards).mean(1), np.ones(count, bool)
+        views = [[game.picture] for _ in range(count)]
+        for t, actions in enumerate(plans.T):
+            sims.act(actions)
+            reward, obs, first = sims.observe()
+            scores += alive * DISCOUNT ** t * (reward - 5.0 * (first & (reward <= 0)))
+            alive &= ~first
+            if not towards:
+                often = np.array([visits[coarse(picture)] for picture in obs["rgb"]])
+                scores += alive * 0.01 / HORIZON / (1 + often)
+            if t < COMMIT:
+                for seen, picture in zip(views, obs["rgb"]):
+                    seen.append(picture)
+        return scores, views
+    actions = PROCGEN_ACTIONS.get(game.name, MOVES)
+    longest = (8,) if actions == CROSS else (8, HORIZON)   # corridors are short
+    return planner(deepcopy(game.np_random), look, simulate, actions, PROCGEN_STAY, count, longest)
+
+
+class MazeExpert:
+    """Procgen's maze: the shortest way to the cheese, by breadth-first search in copies.
+
+    A place is known by its picture, so nothing may move by itself. Moves are tried in one fixed
+    order: among equally short ways the choice is always the same, a function of the picture, which
+    can be cloned. hold: steps that a move lasts; key(picture): equal for what counts as one place.
+    """
+
+    WIDTH = 16                                             # places expanded at once
+
+    def __init__(self, env, hold=1, key=np.ndarray.tobytes):
+        self.game, self.hold, self.key = env.unwrapped, hold, key
+        self.sims = self.game.copies(self.WIDTH * len(CROSS))
+        self.way, self.lost = {}, False                    # way: picture -> action
+
+    def __call__(self, obs, reward):
+        here = self.game.picture.tobytes()
+        if here not in self.way and not self.lost:         # at first, or thrown off the way
+            moves = self.search()
+            self.lost = not moves
+            self.follow(moves)
+        return self.way.get(here, PROCGEN_STAY)
+
+    def search(self):
+        """The moves from here to the goal; none where there is no way."""
+        here = self.key(self.game.picture)
+        origin, frontier = {here: None}, [(here, self.game.state())]
+        while frontier:
+            chunk, frontier = frontier[:self.WIDTH], frontier[self.WIDTH:]
+            starts = [(place, state, a) for place, state in chunk for a in CROSS]
+            starts += starts[:1] * (self.sims.num - len(starts))            # nothing new: idle
+            self.sims.callmethod("set_state", [state for _, state, _ in starts])
+            won, over = np.zeros((2, self.sims.num), bool)
+            for _ in range(self.hold):
+                self.sims.act(np.array([action for *_, action in starts]))
+                reward, obs, first = self.sims.observe()
+                won |= ~over & first & (reward > 0)
+                over |= first
+            states = self.sims.callmethod("get_state")
+            for k, (place, _, action) in enumerate(starts):
+                if won[k]:
+                    moves = [action]
+                    while origin[place]:
+                        place, action = origin[place]
+                        moves.append(action)
+                    return moves[::-1]
+                there = self.key(obs["rgb"][k])
+                if not over[k] and there not in origin:
+                    origin[there] = place, action
+                    frontier.append((there, states[k]))
+        return []
+
+    def follow(self, moves):
+        """Fills `way` with the pictures along the moves from here."""
+        self.sims.callmethod("set_state", [self.game.state()] * self.sims.num)
+        picture = self.game.picture
+        for action in np.repeat(np.array(moves, int), self.hold):
+            self.way[picture.tobytes()] = int(action)
+            self.sims.act(np.full(self.sims.num, action))
+            picture = self.sims.observe()[1]["rgb"][0]
+
+
+def heist_expert(env):
+    """Procgen's heist: keys, doors and gem in the fewest moves of 4 steps (about one field each).
+
+    It is lost, and stays where it is, in one level of ten, where `coarse` takes two places for one.
+    """
+    return MazeExpert(env, hold=4, key=coarse)
+
+
 # ----------------------------------------------------------------------------------------- recipes
 @dataclass(frozen=True)
 class Recipe:
@@ -523,6 +712,7 @@ class Recipe:
     references: int = 20            # episodes that measure expert and random policy
     limit: int | None = None        # cut episodes at this many steps, in data and scores
     success_only: bool = False      # leave out episodes in which the task was not solved
+    chunk: int = 10                 # episodes per job: few where an episode takes long
 
 
 RECIPES = {
@@ -534,9 +724,14 @@ RECIPES = {
     "dmcontrol/cartpole-swingup": Recipe(CartpoleExpert, episodes=20),
     "dmcontrol/point_mass-easy": Recipe(PointMassExpert, episodes=40),
     "dmcontrol/reacher-easy": Recipe(ReacherExpert, episodes=40),
-    "atari/freeway": Recipe(FreewayExpert, episodes=16, sigma=0.1, references=8),
-    "atari/pong": Recipe(PongExpert, episodes=10, sigma=0.02, references=5),
-    "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8),
+    "atari": Recipe(atari_planner, episodes=5, sigma=0.05, references=3, limit=600, chunk=1),
+    "atari/freeway": Recipe(FreewayExpert, episodes=16, sigma=0.1, references=8, chunk=2),
+    "atari/pong": Recipe(PongExpert, episodes=10, sigma=0.02, references=5, chunk=2),
+    "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8, chunk=2),
+    "procgen": Recipe(procgen_planner, episodes=20, sigma=0.05, references=10, limit=500, chunk=1),
+    "procgen/maze": Recipe(MazeExpert, episodes=100, sigma=0.1),
+    "procgen/heist": Recipe(heist_expert, sigma=0.05, references=10, limit=500, success_only=True,
+                            chunk=2),
     "composuite": Recipe(ComposuiteExpert, episodes=20, sigma=0.2, references=10,
                          success_only=True),
     "mimicgen": Recipe(MimicgenExpert, sigma=0.2, references=10, success_only=True),
@@ -726,10 +921,10 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]
     if not jobs:
         return present
-    # few more than one process per core would only take turns; long jobs first, so that none runs
+    # few more than one process per core would only take turns; slow tasks first, so that none runs
     # alone at the end
     processes = processes or min(os.cpu_count() or 1, 8)
-    jobs.sort(key=lambda job: job[1].startswith("atari"), reverse=True)
+    jobs.sort(key=lambda job: recipe_of(job[1]).chunk)
     measured, failed = _run(jobs, processes, timeout)
     for task, count in failed.items():
         print(f"{task} is incomplete: {count} of its {len(plans[task])} jobs failed; what was made "
@@ -803,12 +998,12 @@ def _plan(task, folder, episodes, with_data, noise=()):
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     write_json(folder / UNFINISHED, {"command": f"python data.py make {task}", "noise": noise})
-    chunk = 2 if task.startswith("atari") else 10
-    plan = [(_make_episodes, (str(folder), noise, seeds[i : i + chunk]))
-            for i in range(0, len(seeds), chunk)]
+    jobs = lambda seeds: [seeds[i:i + recipe.chunk] for i in range(0, len(seeds), recipe.chunk)]
+    plan = [(_make_episodes, (str(folder), noise, few)) for few in jobs(seeds)]
     n = min(recipe.references, 2 * episodes) if episodes else recipe.references
     span = lambda start: list(range(start, start + n))
-    plan += [(_measure, ("expert", span(EXPERT_SEED))), (_measure, ("random", span(RANDOM_SEED)))]
+    plan += [(_measure, ("expert", few)) for few in jobs(span(EXPERT_SEED))]
+    plan += [(_measure, ("random", span(RANDOM_SEED)))]
     env = make_env(task)
     if isinstance(env.action_space, gym.spaces.Discrete):
         few = max(1, n // 8) if env.observation_space.dtype == np.uint8 else n
@@ -834,7 +1029,7 @@ def _finish_task(task, folder, measured, noise):
             f"labels clean, execution noise up to {recipe.sigma}"),
         "versions": {
             p: importlib.metadata.version(p)
-            for p in {"gymnasium", "numpy", domain.package.replace("_", "-")}
+            for p in {"gymnasium", "numpy", domain.install.partition("==")[0]}
         },
     }
     constants = {a: np.mean(r) for a, r in measured.items() if isinstance(a, int)}
@@ -1063,14 +1258,6 @@ def _check_values(bad, states, actions, rewards, card):
             f"{tuple(card['observation']['shape'])}"
         )
     return image
-
-
-def to_gray(images):
-    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (BT.601)."""
-    if images.shape[1] == 1:
-        return images
-    luma = np.einsum("tchw,c->thw", images, (0.299, 0.587, 0.114))
-    return np.rint(luma).astype(np.uint8)[:, None]
 
 
 # one trajectory in the index of a Mixture: number of its task, its place among the names, its steps

@@ -10,8 +10,8 @@ checkpoint.
     python eval.py --list                                    # every task, and what is missing
 
 Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl,
-Atari (ALE), Dark-Room (Laskin et al., 2022), robosuite (for Composuite and Mimicgen, rebuilt). Each
-world keeps one contract:
+Atari (ALE), Procgen, Dark-Room (Laskin et al., 2022), robosuite (for Composuite and Mimicgen,
+rebuilt). Each world keeps one contract:
 
     observation    float32 vector (S,) with S <= 204, or a gray uint8 image (1, 64, 64)
     action         Discrete(n <= 18), or Box(-1, 1) of at most 8 dimensions
@@ -310,6 +310,92 @@ def make_atari(game, render=False):
                                           screen_size=64, grayscale_obs=True,
                                           terminal_on_life_loss=False)
     return gym.wrappers.TimeLimit(ChannelFirst(env), ATARI_STEPS)
+
+
+# ----------------------------------------------------------------------------------------- Procgen
+class Procgen(gym.Env):
+    """One Procgen game: 200 levels, easy; a gray picture (1, 64, 64) uint8, Discrete(15).
+
+    Actions 0 to 8 move (column times row: left, stay, right times down, stay, up; 4 stays), 9 to 14
+    are the game's own (9 shoots); most games know only some. `reset(seed=s)` draws the level, and
+    all that is random in it, from s. info["success"] is 1.0 on the step that completes the level
+    (maze, heist, coinrun ...; some games have no such moment). The game's own time limit truncates.
+
+    `picture` is what is seen in colour (64, 64, 3); `state()` and `copies()` serve experts that
+    try their actions out before they take them.
+    """
+
+    TIME = {"maze": 500, "leaper": 500, "bossfight": 4000, "plunder": 4000, "bigfish": 6000}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, name, render_mode=None):
+        with contextlib.redirect_stderr(io.StringIO()):    # it imports the old gym, which complains
+            from procgen.env import ENV_NAMES
+        if name not in ENV_NAMES:
+            raise ValueError(f"no Procgen game {name!r}; choose from: {', '.join(ENV_NAMES)}")
+        self.name, self.render_mode = name, render_mode
+        self.steps = self.TIME.get(name, 1000)             # the games' own limits
+        self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
+        self.action_space = gym.spaces.Discrete(15)
+        self.sim = self.copies(1)
+
+    def copies(self, count, seed=0):
+        """`count` simulators (gym3 interface: act, observe, callmethod("set_state", states))."""
+        from procgen import ProcgenGym3Env
+        try:
+            return ProcgenGym3Env(count, self.name, distribution_mode="easy", num_levels=200,
+                                  start_level=0, rand_seed=seed, num_threads=0)
+        except OSError as error:
+            raise RuntimeError(f"Procgen cannot load its library ({error}); on Debian and Ubuntu: "
+                               "apt-get install libgl1 libglib2.0-0") from None
+
+    def state(self):
+        """Everything about this moment, for set_state of the copies: bytes."""
+        return self.sim.callmethod("get_state")[0]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2 ** 31))
+        # The simulator draws level after level from the seed it was made with, and goes on by
+        # itself; a new one costs 0.3 ms (the first of a process, which reads the sprites, 1 s).
+        self.sim.close()
+        self.sim, self.t = self.copies(1, seed), 0
+        self.picture = self.sim.observe()[1]["rgb"][0].copy()
+        return self._observation(), {"success": 0.0, "level": self.sim.get_info()[0]["level_seed"]}
+
+    def step(self, action):
+        self.sim.act(np.array([action], np.int32))
+        reward, obs, first = self.sim.observe()
+        info, self.t = self.sim.get_info()[0], self.t + 1
+        done, success = bool(first[0]), float(info["prev_level_complete"])
+        if not done:            # at the end it shows the next level already: keep the last picture
+            self.picture = obs["rgb"][0].copy()
+        truncated = done and self.t >= self.steps and not success
+        info = {"success": success, "level": info["prev_level_seed"]}
+        return self._observation(), float(reward[0]), done and not truncated, truncated, info
+
+    def _observation(self):
+        return to_gray(self.picture.transpose(2, 0, 1)[None])[0]
+
+    def render(self):
+        return self.picture
+
+    def close(self):
+        self.sim.close()
+
+
+def make_procgen(game, render=False):
+    """Procgen `game` ("maze", "coinrun", one of 16). See Procgen."""
+    return Procgen(game, render_mode="rgb_array" if render else None)
+
+
+def to_gray(images):
+    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (BT.601)."""
+    if images.shape[1] == 1:
+        return images
+    luma = np.einsum("tchw,c->thw", images, (0.299, 0.587, 0.114))
+    return np.rint(luma).astype(np.uint8)[:, None]
 
 
 # ------------------------------------------------------------- robosuite: Composuite and Mimicgen
@@ -693,6 +779,11 @@ DOMAINS = {
         make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless", tuple(_ATARI.split()),
         ("alien", "ms_pacman", "pong", "space_invaders", "star_gunner"),
         reward_scale=20.0, clip_rewards=True, episodes=8, steps=2000),
+    "procgen": Domain(
+        make_procgen, "procgen", "procgen-mirror==0.10.7  # Linux, Python up to 3.11",
+        ("bigfish", "bossfight", "caveflyer", "chaser", "coinrun", "dodgeball", "fruitbot", "heist",
+         "leaper", "maze", "miner", "starpilot"),
+        ("climber", "jumper", "ninja", "plunder"), steps=300),
     "composuite": Domain(
         make_composuite, "robosuite", "robosuite==1.5.2",
         composuite_names(lambda *c: (c[0], c[2]) != ("Panda", "ObjectWall")),

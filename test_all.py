@@ -1644,8 +1644,8 @@ def test_rollout_gives_every_seed_its_own_episode():
 
 
 WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balance",
-               "atari/freeway", "atari/breakout", "composuite/Panda_Box_None_PickPlace",
-               "mimicgen/Sawyer_Stack_D0")
+               "atari/freeway", "atari/breakout", "procgen/maze", "procgen/starpilot",
+               "composuite/Panda_Box_None_PickPlace", "mimicgen/Sawyer_Stack_D0")
 
 
 @pytest.mark.parametrize("task", WORLD_TASKS)
@@ -1663,8 +1663,10 @@ def test_world_contract(task):
             a = rng.integers(space.n) if isinstance(space, gym.spaces.Discrete) else \
                 rng.uniform(-1, 1, space.shape).astype(np.float32)
             obs, reward, terminated, truncated, _ = env.step(a)
-            assert np.isfinite(reward) and not terminated
+            assert np.isfinite(reward) and (not terminated or task.startswith("procgen"))
             out.append(obs)
+            if terminated:
+                break
         return np.stack(out)
     a, b = trajectory(env, 5), trajectory(env, 6)
     assert a.dtype == env.observation_space.dtype and a.shape[1:] == env.observation_space.shape
@@ -1679,12 +1681,99 @@ def test_world_contract(task):
     other.close()
 
 
+def test_procgen_draws_levels_and_ends_as_it_should():
+    """Levels 0 to 199 by the seed, on a used instance too; the clock truncates, a goal ends."""
+    if worlds.install_line("procgen/maze"):
+        pytest.skip(worlds.install_line("procgen/maze"))
+    env = worlds.make_env("procgen/maze")
+    levels = [env.reset(seed=seed)[1]["level"] for seed in range(300)]
+    assert min(levels) >= 0 and max(levels) < 200 and len(set(levels)) > 100
+    first, _ = env.reset(seed=7)
+    assert np.array_equal(first, worlds.make_env("procgen/maze").reset(seed=7)[0])
+    luma = env.unwrapped.picture @ (0.299, 0.587, 0.114)
+    assert np.abs(first[0] - luma).max() <= 0.5 + 1e-6
+    ends = [env.step(data.PROCGEN_STAY)[2:4] for _ in range(500)]
+    assert ends[-1] == (False, True) and not np.any(ends[:-1])
+    obs, info = env.reset(seed=7)
+    expert, terminated, level = data.MazeExpert(env), False, info["level"]
+    while not terminated:
+        before, (obs, reward, terminated, truncated, info) = obs, env.step(expert(obs, 0.0))
+    assert reward == 10 and info == {"success": 1.0, "level": level} and not truncated
+    assert np.array_equal(obs, before)                  # and not the first picture of another level
+
+
+def maze_distance(env):
+    """Steps to the cheese, counted in the grid of cells that the simulator keeps in its memory."""
+    state, side, wall, cheese = env.unwrapped.state(), 15, 51, 2
+    head = np.array([side, side, side * side], np.int32).tobytes()
+    cells = np.frombuffer(state, np.int32, side * side, state.index(head) + len(head))
+    frontier, distance = {int(np.flatnonzero(cells != wall)[0])}, {}        # the lower left corner
+    while frontier:
+        distance.update(dict.fromkeys(frontier, len(set(distance.values()))))
+        near = {cell + d for cell in frontier for d in (1, -1, side, -side)}
+        frontier = {c for c in near - set(distance) if 0 <= c < side ** 2 and cells[c] != wall}
+    return distance[int(np.flatnonzero(cells == cheese)[0])]
+
+
+def test_maze_expert_takes_the_shortest_way():
+    """Against breadth-first search in the true grid, in place of pictures."""
+    if worlds.install_line("procgen/maze"):
+        pytest.skip(worlds.install_line("procgen/maze"))
+    env = worlds.make_env("procgen/maze")
+    for seed in (901, 902, 903):
+        obs, _ = env.reset(seed=seed)
+        distance, expert, steps, terminated = maze_distance(env), data.MazeExpert(env), 0, False
+        while not terminated:
+            obs, reward, terminated, _, _ = env.step(expert(obs, 0.0))
+            steps += 1
+        assert reward == 10 and steps == distance
+
+
+@pytest.mark.parametrize("task", ("atari/boxing", "procgen/chaser"))
+def test_planners_play_well_and_touch_nothing(task):
+    """More than random actions get, and the same as their actions get where nothing is planned."""
+    if worlds.install_line(task):
+        pytest.skip(worlds.install_line(task))
+    make = partial(worlds.make_env, task, limit=60)
+    expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
+    planned, = worlds.rollout(make, expert, [900])
+    actions = iter(planned.actions)
+    again, = worlds.rollout(make, lambda envs: lambda *_: np.array([next(actions)]), [900])
+    assert np.array_equal(planned.states, again.states)
+    assert np.array_equal(planned.rewards, again.rewards)
+    chance = worlds.rollout(make, worlds.random_policy, range(5))
+    assert planned.rewards.sum() > max(e.rewards.sum() for e in chance)
+
+
+def test_planner_plans_when_it_has_to():
+    """On a line with a reward at place 5: every COMMIT decisions, or where it is not expected."""
+    world = {"place": 0, "plans": 0}
+
+    def simulate(plans):
+        world["plans"] += 1
+        places = world["place"] + np.cumsum(plans, axis=1)             # (plans, HORIZON)
+        views = np.insert(places, 0, world["place"], axis=1)[:, :, None]
+        return ((places == 5) * 0.99 ** np.arange(places.shape[1])).sum(1), views
+    look, rng = lambda: np.array([world["place"]]), np.random.default_rng(0)
+    policy = data.planner(rng, look, simulate, (-1, 0, 1), 0, 200)
+    for t in range(1, 21):
+        world["place"] += policy(None, 0.0)
+        assert world["plans"] == -(-t // data.COMMIT)
+    assert world["place"] == 5
+    policy(None, 0.0)
+    world["place"] = 9                                                 # pushed away
+    for t in range(12):
+        world["place"] += policy(None, 0.0)
+    assert world["place"] == 5 and world["plans"] == 6 + 3
+
+
 @pytest.mark.parametrize("task,least", (
     ("metaworld/reach-v3", 1500), ("metaworld/door-open-v3", 1000),
     ("metaworld/drawer-close-v3", 1000), ("metaworld/window-open-v3", 400),
     ("metaworld/button-press-topdown-v3", 1000), ("dmcontrol/cartpole-balance", 990),
     ("dmcontrol/cartpole-swingup", 700), ("dmcontrol/point_mass-easy", 600),
-    ("dmcontrol/reacher-easy", 500), ("atari/freeway", 27), ("mimicgen/Panda_Stack_D0", 0.99)))
+    ("dmcontrol/reacher-easy", 500), ("atari/freeway", 27), ("procgen/maze", 9.9),
+    ("mimicgen/Panda_Stack_D0", 0.99)))
 def test_experts_do_the_task(task, least):
     """Far above the random policy, on seeds that the data do not use."""
     if worlds.install_line(task):
