@@ -516,8 +516,8 @@ def MimicgenExpert(env):
 
 
 # ---------------------------------------------------------------------------------------- planners
-# Experts for games without a script: they try plans out in copies of the simulator, which shows them
-# the future. What they do is therefore not always a function of what can be seen, and is harder to
+# Experts for games without a script: they try plans out in copies of the simulator, and so know the
+# future. What they do is therefore not always a function of what can be seen, and is harder to
 # clone than a script.
 HORIZON, COMMIT = 24, 4        # decisions: the length of a plan, and how much of it is carried out
 DISCOUNT = 0.99                # of rewards in a plan: sooner is better

@@ -41,6 +41,7 @@ import json
 import logging
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -302,6 +303,7 @@ def make_atari(game, render=False):
     if f"ALE/{name}-v5" not in gym.registry:
         known = [id[4:-3] for id in gym.registry if id.startswith("ALE/")]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        near = ["atari/" + re.sub(r"\B(?=[A-Z])", "_", name).lower() for name in near]
         raise ValueError(f"no such game; nearest: {', '.join(near)}")
     env = gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0,
                    full_action_space=True, obs_type="grayscale",       # cheaper than unused RGB
