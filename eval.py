@@ -9,6 +9,9 @@ checkpoint.
     python eval.py --video pong.gif --tasks atari/pong --policy expert    # before any training
     python eval.py --list                                    # every task, and what is missing
 
+A world of your own needs no line here: gym:ID is the task that gymnasium knows by this id, and
+gym:module:ID imports the module that registers it first.
+
 Source: LRAM (arXiv 2410.22391), section 4 and appendix B; simulators: Meta-World (v3), DMControl,
 Atari (ALE), Procgen, Dark-Room (Laskin et al., 2022), robosuite (for Composuite and Mimicgen,
 rebuilt). Each world keeps one contract:
@@ -62,6 +65,8 @@ EVALUATION_SEED = 1_000_000
 METAWORLD_STEPS = 200          # the paper's limit; the simulator's own is 500
 DMCONTROL_STEPS = 1000         # every task of the suite's benchmarking set lasts this long
 ATARI_STEPS = 27_000           # decisions of 4 frames: 30 minutes of play, the literature's limit
+GYM_STEPS = 1000               # where a world of somebody else's has no limit
+STATE_WIDTH, MAX_DISCRETE, MAX_DIMS = 204, 18, 8   # lram.py's, which would import torch
 
 
 # -------------------------------------------------------------------------------------- Meta-World
@@ -251,7 +256,10 @@ class DarkRoom(gym.Env):
 
 
 def make_darkroom(split, render=False):
-    """Dark-Room with the goals of `split` ("train" or "heldout"). See DarkRoom."""
+    """Dark-Room with the goals of `split` ("train" or "heldout"; "histories", which are data of
+    agents that learn, are about those of "train"). See DarkRoom.
+    """
+    split = "train" if split == "histories" else split
     return DarkRoom(split, render_mode="rgb_array" if render else None)
 
 
@@ -730,6 +738,98 @@ def mimicgen_names():
     return tuple(f"{robot}_{task}" for task in MIMICGEN_TASKS for robot in MIMICGEN_ROBOTS)
 
 
+# --------------------------------------------------------------------------------- worlds of others
+class GymWorld(gym.Wrapper):
+    """A gymnasium environment in the contract of this file; ValueError where it does not fit.
+
+    Observations: gray or RGB pictures (H, W), (H, W, 1 or 3) uint8 become (1, 64, 64); all else
+    that gymnasium can flatten (Box, Discrete as one-hot, Dict, Tuple, ...) becomes a vector (S,)
+    float32. Actions: Discrete(n) counts from 0; a bounded Box is stretched to Box(-1, 1, (A,)).
+    """
+
+    def __init__(self, env, name):
+        super().__init__(env)
+        self.name = name
+        self.source, self.target = env.observation_space, env.action_space
+        shape = self.source.shape or ()
+        self.image = (self.source.dtype == np.uint8 and len(shape) in (2, 3)
+                      and min(shape[:2]) > 8 and shape[2:] in ((), (1,), (3,)))
+        if self.image:
+            self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
+        else:
+            size = gym.spaces.flatdim(self.source) if self.source.is_np_flattenable else None
+            if size is None or size > STATE_WIDTH:
+                raise ValueError(f"observations are {_named(self.source)}; expected at most "
+                                 f"{STATE_WIDTH} numbers, or pictures (H, W, 1 or 3) uint8")
+            self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        if isinstance(self.target, gym.spaces.Discrete):
+            if self.target.n > MAX_DISCRETE:
+                raise ValueError(f"actions are {_named(self.target)}; expected at most "
+                                 f"Discrete({MAX_DISCRETE})")
+            self.action_space = gym.spaces.Discrete(int(self.target.n))
+            return
+        box = isinstance(self.target, gym.spaces.Box) and self.target.dtype.kind == "f"
+        size = int(np.prod(self.target.shape)) if box else 0
+        if not (0 < size <= MAX_DIMS and self.target.is_bounded()):
+            raise ValueError(f"actions are {_named(self.target)}; expected Discrete(n), or Box of "
+                             f"at most {MAX_DIMS} dimensions with finite low and high")
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (size,), np.float32)
+
+    def _observe(self, obs):
+        if not self.image:
+            return gym.spaces.flatten(self.source, obs).astype(np.float32).reshape(-1)
+        import cv2
+        gray = cv2.cvtColor(obs, cv2.COLOR_RGB2GRAY) if obs.shape[2:] == (3,) else obs
+        return cv2.resize(gray, (64, 64), interpolation=cv2.INTER_AREA)[None]
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._observe(obs), _known(info)
+
+    def step(self, action):
+        if isinstance(self.target, gym.spaces.Discrete):
+            action = self.target.start + int(action)
+        else:
+            low, high = self.target.low, self.target.high
+            stretch = (np.reshape(action, low.shape).astype(np.float64) + 1) / 2
+            action = np.clip(low + stretch * (high - low), low, high).astype(self.target.dtype)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._observe(obs), float(reward), bool(terminated), bool(truncated), _known(info)
+
+
+def _known(info):
+    """What rollout reads; all else may have any form, over which vectors of worlds trip."""
+    return {key: info[key] for key in ("lives", "success") if key in info}
+
+
+def _named(space):
+    """A space in one line of a message."""
+    shape = getattr(space, "shape", None)
+    if isinstance(space, gym.spaces.Box):
+        bounded = "" if space.is_bounded() else ", not bounded"
+        return f"Box{shape} {space.dtype}{bounded}"
+    return str(space) if len(str(space)) < 100 else type(space).__name__
+
+
+def make_gym(name, render=False):
+    """The environment that gymnasium knows as `name` ("CartPole-v1", "module:Env-v0"). GymWorld.
+
+    Without a time limit of its own it is truncated after 1000 steps.
+    """
+    try:
+        env = gym.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.5)
+        raise ValueError(f"{str(error).rstrip('.')}" + (f"; nearest: {', '.join(near)}" if near
+                                                        else "")) from None
+    try:
+        world = GymWorld(env, name)
+    except ValueError:
+        env.close()
+        raise
+    return world if env.spec.max_episode_steps else gym.wrappers.TimeLimit(world, GYM_STEPS)
+
+
 # -------------------------------------------------------------------------------------- task table
 @dataclass(frozen=True)
 class Domain:
@@ -739,8 +839,9 @@ class Domain:
     install: str                        # what pip needs
     tasks: tuple                        # the paper's training split
     heldout: tuple = ()                 # and what it holds out; other tasks can be named too
-    # rewards and returns-to-go are divided by it (SPEC: the paper's values)
-    reward_scale: float = 1.0
+    # rewards and returns-to-go are divided by it (the paper's values); None: by a tenth of the
+    # largest return in the data
+    reward_scale: float | None = 1.0
     clip_rewards: bool = False  # the model sees rewards clipped to [-1, 1]; scores use raw ones
     # a return-to-go that never falls, where the true one names the goal
     constant_rtg: float | None = None
@@ -796,6 +897,7 @@ DOMAINS = {
         make_mimicgen, "robosuite", "robosuite==1.5.2",
         tuple(name for name in mimicgen_names() if name not in MIMICGEN_HELDOUT),
         MIMICGEN_HELDOUT, episodes=10),
+    "gym": Domain(make_gym, "gymnasium", "gymnasium", (), reward_scale=None),
 }
 
 
@@ -817,16 +919,26 @@ LAPTOP = """darkroom/train metaworld/reach-v3 metaworld/door-open-v3 metaworld/d
     mimicgen/Sawyer_Stack_D0"""
 
 
+def canonical(task):
+    """The one name of a task, which is also its folder: "gym:CartPole-v1" is "gym/CartPole-v1"."""
+    return task.replace(":", "/", 1) if task.startswith("gym:") else task
+
+
+def domain_of(task):
+    """What a task is batched and averaged with; each world of gymnasium stands on its own."""
+    return task if task.startswith("gym/") else task.split("/")[0]
+
+
 def expand_tasks(names, heldout=False, root=None):
     """Names of tasks and of whole domains -> tasks; a domain stands for its training split, or with
     heldout=True for its held-out one, and "laptop" for LAPTOP. A folder below root is a task
     whatever its name.
     """
     tasks = []
-    for name in names:
+    for name in map(canonical, names):
         if name == "laptop":
             tasks += LAPTOP.split()
-        elif name in DOMAINS:
+        elif name in DOMAINS and DOMAINS[name].tasks:
             part = DOMAINS[name].heldout if heldout else DOMAINS[name].tasks
             tasks += [f"{name}/{task}" for task in part]
         else:
@@ -838,13 +950,14 @@ def expand_tasks(names, heldout=False, root=None):
 
 def split_task(task):
     """ "metaworld/reach-v3" -> (Domain, "reach-v3"); SystemExit names the nearest that exists."""
-    domain, _, name = task.partition("/")
+    domain, _, name = canonical(task).partition("/")
     if domain in DOMAINS and name:
         return DOMAINS[domain], name
     near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3)
     raise SystemExit(
-        f"task {task!r} does not exist; tasks are named domain/task, and a domain alone "
-        f"({', '.join(DOMAINS)}) is all of it"
+        f"task {task!r} does not exist; tasks are named domain/task, a domain alone "
+        f"({', '.join(name for name in DOMAINS if DOMAINS[name].tasks)}) is all of it, and gym:ID "
+        "is a world of gymnasium's"
         + (f"; nearest: {', '.join(near)}" if near else "")
         + ". See: python eval.py --list"
     )
@@ -852,7 +965,7 @@ def split_task(task):
 
 def install_line(task):
     """None if the task's simulator is installed, else the line that installs it."""
-    if task.split("/")[0] not in DOMAINS:       # data that were converted: to train on alone
+    if canonical(task).split("/")[0] not in DOMAINS:  # data that were converted: to train on alone
         return "eval.py has none for this domain"
     domain, _ = split_task(task)
     found = importlib.util.find_spec(domain.package) is not None
@@ -1264,7 +1377,6 @@ def _means(groups):
     """{task: scores} -> means with intervals, of each domain and over domains; {} without tasks."""
     if not groups:
         return {}
-    domain_of = lambda task: task.split("/")[0]
     domains, rows = [domain_of(task) for task in groups], {}
     for domain in dict.fromkeys(domains):
         part = [scores for task, scores in groups.items() if domain_of(task) == domain]
@@ -1804,6 +1916,7 @@ def draw_comparison(runs, tasks, output):
 
 def choose_cards(cards, tasks):
     """The cards of the named tasks; a task that the checkpoint does not know is refused."""
+    tasks = [canonical(task) for task in tasks]
     for task in tasks:
         if task not in cards:
             near = difflib.get_close_matches(task, cards, n=1, cutoff=0.0)

@@ -1879,6 +1879,159 @@ def test_mixed_quality_spreads_the_returns(tmp_path, monkeypatch):
     assert data.make(["darkroom/train"], "d", episodes=30, processes=1) == ["darkroom/train"]
 
 
+def test_planner_reads_the_simulator_and_never_touches_it():
+    """A twin that nobody plans in goes the same way, bit for bit; noise does not spoil the plan."""
+    task = "dmcontrol/pendulum-swingup"
+    if worlds.install_line(task):
+        pytest.skip(worlds.install_line(task))
+    import mujoco
+    everything = mujoco.mjtState.mjSTATE_INTEGRATION
+
+    def state(env):
+        physics = env.unwrapped.sim.physics
+        out = np.zeros(mujoco.mj_stateSize(physics.model.ptr, everything))
+        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, out, everything)
+        return out
+    env, twin = worlds.make_env(task), worlds.make_env(task)
+    obs, _ = env.reset(seed=1)
+    twin.reset(seed=1)
+    policy, total, rng = data.recipe_of(task).expert(env), 0.0, np.random.default_rng(0)
+    assert np.array_equal(data.recipe_of(task).expert(twin)(obs, 0.0), policy(obs, 0.0))
+    for _ in range(400):
+        before = state(env)
+        action = policy(obs, 0.0)
+        assert np.array_equal(state(env), before)
+        action = np.clip(action + 0.1 * rng.standard_normal(1), -1, 1).astype(np.float32)
+        obs, reward, *_ = env.step(action)
+        assert np.array_equal(twin.step(action)[0], obs)
+        total += reward
+    assert total > 200                      # a random policy: about 3
+
+
+def test_planned_rewards_know_the_bodies():
+    """Against the suite's own reward, or what it is made of, in random poses."""
+    if worlds.install_line("dmcontrol/walker-stand"):
+        pytest.skip(worlds.install_line("dmcontrol/walker-stand"))
+
+    def poses(name):
+        env = worlds.make_env(f"dmcontrol/{name}")
+        for seed in range(12):
+            env.reset(seed=seed)
+            sim = env.unwrapped.sim
+            q, v = sim.physics.data.qpos, sim.physics.data.qvel
+            yield sim, data.PLANS[name].reward(q[None, None], v[None, None], sim.physics.model.ptr)
+    for name in ("walker-stand", "fish-upright"):
+        for sim, ours in poses(name):
+            assert np.isclose(ours.item(), sim.task.get_reward(sim.physics))
+    for sim, ours in poses("finger-turn_easy"):
+        radius = sim.physics.model.site_size[sim.physics.model.name2id("target", "site"), 0]
+        finger = sim.physics.named.data.site_xpos["touchtop"][[0, 2]]
+        away = np.hypot(*(finger - (0.2, 0.4))) - 0.1
+        distance = sim.physics.dist_to_target() + radius
+        assert abs(ours.item() - (distance < radius) + 5 * distance + max(away, 0)) < 0.02
+
+
+def odd_world(observation, action, **kwargs):
+    """A class of environments with these spaces, to be registered."""
+    class Odd(gym.Env):
+        observation_space, action_space = observation, action
+        metadata = {"render_modes": ["rgb_array"]}
+
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            observation.seed(seed)
+            return observation.sample(), {"a": {"mess": [seed]}}
+
+        def step(self, action):
+            self.got = action
+            return observation.sample(), 1, False, False, {}
+    return Odd
+
+
+@pytest.fixture
+def register():
+    """Registers a world with gymnasium for the length of a test; returns its id."""
+    names = []
+
+    def add(observation, action, **kwargs):
+        names.append(f"Odd{len(names)}-v0")
+        gym.register(names[-1], entry_point=odd_world(observation, action), **kwargs)
+        return names[-1]
+    yield add
+    for name in names:
+        gym.registry.pop(name)
+
+
+def test_gym_worlds_are_adapted(register, tmp_path, monkeypatch):
+    """Actions stretched to the world's range, step by step; pictures; names; a limit of time."""
+    assert all(getattr(worlds, name) == getattr(lram, name)
+               for name in ("STATE_WIDTH", "MAX_DISCRETE", "MAX_DIMS"))
+    raw, ours = gym.make("Pendulum-v1"), worlds.make_env("gym:Pendulum-v1")
+    assert np.array_equal(raw.reset(seed=3)[0], ours.reset(seed=3)[0])
+    for action in np.linspace(-1, 1, 200, dtype=np.float32)[:, None]:
+        theirs, mine = raw.step(2 * action), ours.step(action)              # torque in [-2, 2]
+        assert np.array_equal(theirs[0], mine[0]) and mine[0].dtype == np.float32
+        assert np.isclose(theirs[1], mine[1]) and theirs[2:4] == mine[2:4]
+    assert mine[3]                                                          # its own limit: 200
+    box = gym.spaces.Box(np.array([[-3.0, 0.0]]), np.array([[1.0, 10.0]]), dtype=np.float64)
+    picture = gym.spaces.Box(0, 255, (90, 120, 3), np.uint8)
+    env = worlds.make_env(f"gym:{register(picture, box)}")
+    obs, info = env.reset(seed=0)
+    assert obs.shape == (1, 64, 64) and obs.dtype == np.uint8 and info == {}
+    for action, wanted in (([-1, -1], [-3, 0]), ([1, 1], [1, 10]), ([0, 0.5], [-1, 7.5])):
+        env.step(np.array(action, np.float32))
+        assert env.unwrapped.got.shape == (1, 2) and np.allclose(env.unwrapped.got, wanted)
+    assert [env.step(np.zeros(2))[3] for _ in range(1000)].index(True) == 1000 - 4
+    shifted = gym.spaces.Discrete(3, start=5)
+    both = gym.spaces.Dict({"a": gym.spaces.Discrete(4), "b": gym.spaces.Box(0, 1, (2, 3))})
+    env = worlds.make_env(f"gym:{register(both, shifted)}")
+    assert env.reset(seed=0)[0].shape == (10,) and env.action_space == gym.spaces.Discrete(3)
+    env.step(2)
+    assert env.unwrapped.got == 7
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gym.register('Mine-v0', CartPoleEnv)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert worlds.make_env("gym:mine:Mine-v0").observation_space.shape == (4,)
+    names = worlds.expand_tasks(["gym:CartPole-v1", "gym/CartPole-v1", "gym:mine:Mine-v0"])
+    assert names == ("gym/CartPole-v1", "gym/mine:Mine-v0")
+    assert [worlds.domain_of(t) for t in (*names, "atari/pong")] == [*names, "atari"]
+    gym.registry.pop("Mine-v0")
+
+
+BOX = gym.spaces.Box(-1, 1, (3,))
+
+
+@pytest.mark.parametrize("observation,action,words", (
+    (BOX, gym.spaces.Discrete(19), r"actions are Discrete\(19\); expected at most"),
+    (BOX, gym.spaces.Box(-np.inf, 1, (2,)), r"Box\(2,\) float32, not bounded; expected Discrete"),
+    (BOX, gym.spaces.Box(-1, 1, (9,)), r"Box\(9,\) float32; expected Discrete.*at most 8"),
+    (BOX, gym.spaces.MultiBinary(2), r"MultiBinary\(2\); expected"),
+    (gym.spaces.Box(-1, 1, (205,)), BOX, r"Box\(205,\) float32; expected at most 204"),
+    (gym.spaces.Sequence(BOX), BOX, "observations are Sequence")))
+def test_gym_worlds_that_do_not_fit_are_refused(observation, action, words, register):
+    """With what was given and what was expected; an unknown id with the nearest one."""
+    with pytest.raises(SystemExit, match=words):
+        worlds.make_env(f"gym:{register(observation, action)}")
+    with pytest.raises(SystemExit, match="nearest: CartPole-v1"):
+        worlds.make_env("gym:CartPol-v1")
+
+
+def test_gym_data_by_search(tmp_path):
+    """CartPole: every episode of the expert, on seeds it was not searched on, lasts to the end."""
+    assert data.make(["gym:CartPole-v1"], tmp_path, episodes=4, processes=1) == ["gym/CartPole-v1"]
+    card = data.load_card(tmp_path / "gym" / "CartPole-v1")
+    assert card["reference_score"] == 500.0 and 5 < card["random_score"] < 50
+    assert card["reward_scale"] == 50.0 and card["domain"] == "gym/CartPole-v1"
+    assert data.find_folder(tmp_path, "gym/CartPole-v0") == tmp_path / "gym" / "CartPole-v0"
+    mixture = data.Mixture(tmp_path, ["gym/CartPole-v1"])
+    batch = mixture.sample("gym/CartPole-v1", 3, 20, 0, 0)
+    assert batch["obs"].shape == (3, 20, 4) and (batch["rtg"] <= 10).all()
+
+
 # ------------------------------------------------------------------------------------------ scores
 def test_scores():
     """Normalised, averaged over tasks and then domains, with an interval that holds the mean."""
@@ -2789,6 +2942,38 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
     states = np.concatenate([h5py.File(p)["states"][:] for p in sorted(folder.glob("*.hdf5"))])
     assert np.allclose(card["state_mean"], states.mean(0)) and \
         np.allclose(card["state_std"], states.std(0))
+
+
+def test_histories_are_of_agents_that_learn(tmp_path, monkeypatch):
+    """Replayed in the world step by step; returns-to-go by episode; the curve rises to the top."""
+    episodes = 200
+    monkeypatch.setattr(data, "q_learning", partial(data.q_learning, episodes=episodes))
+    data.q_learning_histories("darkroom/histories", tmp_path, (), [2, 5], None)
+    env, curves = worlds.DarkRoom("train"), []
+    for goal in (2, 5):
+        t = data.open_trajectory(tmp_path / f"{goal:06d}.hdf5")
+        assert len(t.rewards) == 100 * episodes
+        assert np.flatnonzero(t.dones).tolist() == list(range(99, 100 * episodes, 100))
+        for k in (0, 1, episodes - 1):
+            here = slice(100 * k, 100 * (k + 1))
+            obs, _ = env.reset(options={"goal": goal}, seed=0)
+            for state, action, reward in zip(t.states[here], t.actions[here], t.rewards[here]):
+                assert np.array_equal(obs, state)
+                obs, r, *_ = env.step(action)
+                assert r == reward
+        returns = t.rewards.reshape(episodes, 100)
+        for step in (0, 1, 57, 99):
+            assert np.allclose(t.returns_to_go.reshape(episodes, 100)[:, step],
+                               returns[:, step:].sum(1))
+        curves.append(returns.sum(1))
+        shortest = 101 - sum(env.goals[goal])           # the return of the shortest way
+        assert 0.9 * shortest <= curves[-1][-10:].mean() <= shortest
+    rise = np.mean(curves, 0)
+    assert rise[:20].mean() < 20 < rise[60:100].mean() < rise[120:150].mean() < rise[-20:].mean()
+    (tmp_path / "alone").mkdir()
+    data.q_learning_histories("darkroom/histories", tmp_path / "alone", (), [5], None)
+    alone = data.open_trajectory(tmp_path / "alone" / "000005.hdf5")
+    assert np.array_equal(alone.actions, t.actions) and np.array_equal(alone.states, t.states)
 
 
 def test_lost_lives_end_trajectories():
