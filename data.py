@@ -2642,8 +2642,8 @@ def info(path, domain=None, output=None, sample=SAMPLE):
           f"{'return mean (min to max)':>28}{'solved':>8}{'actions':>15}{'consecutive':>16}")
     for row in rows:
         print(format_info(row))
-    for name in dict.fromkeys(row["task"].split("/")[0] for row in rows):
-        mine = [row for row in rows if row["task"].split("/")[0] == name and row["sampled"]]
+    for name in dict.fromkeys(domain_of(row["task"]) for row in rows):
+        mine = [row for row in rows if domain_of(row["task"]) == name and row["sampled"]]
         steps = sum(np.mean(row["lengths"]) * row["episodes"] for row in mine)
         differ = [np.mean(row["differ"] or [0]) for row in mine]
         print(f"{name + ': ' + str(len(mine)) + ' tasks':<40}"

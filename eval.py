@@ -965,7 +965,7 @@ def split_task(task):
 
 def install_line(task):
     """None if the task's simulator is installed, else the line that installs it."""
-    if canonical(task).split("/")[0] not in DOMAINS:  # data that were converted: to train on alone
+    if canonical(task).split("/")[0] not in DOMAINS:     # converted data: to train on alone
         return "eval.py has none for this domain"
     domain, _ = split_task(task)
     found = importlib.util.find_spec(domain.package) is not None
