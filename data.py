@@ -345,7 +345,8 @@ def wrap(angle, period):
 
 
 def heading(rotation):
-    """Direction in the plane (rad) of the first axis of a (3, 3) rotation; of a hand: its fingers'."""
+    """Direction (rad) in the plane of the first axis of a (3, 3) rotation; a hand closes along it.
+    """
     return np.arctan2(rotation[1, 0], rotation[0, 0])
 
 

@@ -567,9 +567,9 @@ def composuite_observation(sim, _, one_hots):
 
 
 def composuite_judge(sim, objective):
-    """(reward, success) of the state: 1 for success (the object is in the box of its goal, let
-    go of unless it is to be pushed), else at most 0.2 for reaching it; grasped, 0.3, up to 0.5 as it is
-    lifted 10 cm (or pushed), up to 0.9 on its way to the goal.
+    """(reward, success) of the state: 1 for success (the object is in the box of its goal and,
+    unless the task is to push it, let go of), else at most 0.2 for reaching it; 0.3 for holding it,
+    up to 0.5 as it is lifted 10 cm (or is pushed), up to 0.9 on its way to the goal.
     """
     data = sim.sim.data._data
     hand = data.site_xpos[sim.robots[0].eef_site_id["right"]]
