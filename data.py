@@ -355,15 +355,18 @@ def wrap(angle, period):
     return (angle + period / 2) % period - period / 2
 
 
-def heading(rotation, axis=0):
-    """Direction in the plane (rad) of an axis of a (3, 3) rotation."""
-    return np.arctan2(rotation[1, axis], rotation[0, axis])
+def heading(rotation):
+    """Direction (rad) in the plane of the first axis of a (3, 3) rotation; a hand closes along it.
+    """
+    return np.arctan2(rotation[1, 0], rotation[0, 0])
 
 
 def step_over(place, target, rise, slack, slope=3.0):
-    """The way (3,) from `place` to `target`: up, at `rise` above it to the side, and down to it."""
+    """The way (3,) from `place` to `target`: up, at `rise` above it to the side, and down to it
+    through a funnel that is `slack` wide at its foot.
+    """
     aside = target[:2] - place[:2]
-    above = np.clip(slope * (np.linalg.norm(aside) - slack), 0, rise)    # a funnel
+    above = np.clip(slope * (np.linalg.norm(aside) - slack), 0, rise)
     up = target[2] + above - place[2]
     return np.append(aside * np.clip(1 - (up - 0.01) / 0.04, 0, 1), up)
 
@@ -1057,11 +1060,10 @@ RECIPES = {
     "atari/pong": Recipe(PongExpert, episodes=10, sigma=0.02, references=5, chunk=2),
     "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8, chunk=2),
     "procgen": Recipe(procgen_planner, episodes=20, sigma=0.05, references=10, limit=500, chunk=1),
-    "procgen/maze": Recipe(MazeExpert, episodes=100, sigma=0.1),
-    "procgen/heist": Recipe(heist_expert, sigma=0.05, references=10, limit=500, success_only=True,
+    "procgen/maze": Recipe(MazeExpert, episodes=300, sigma=0.1),
+    "procgen/heist": Recipe(heist_expert, episodes=60, sigma=0.05, references=10, limit=500, success_only=True,
                             chunk=2),
-    "composuite": Recipe(ComposuiteExpert, episodes=20, sigma=0.2, references=10,
-                         success_only=True),
+    "composuite": Recipe(ComposuiteExpert, episodes=20, references=10, success_only=True),
     "mimicgen": Recipe(MimicgenExpert, sigma=0.2, references=10, success_only=True),
 }
 

@@ -642,31 +642,30 @@ def composuite_observation(sim, _, one_hots):
     """
     import mujoco
     robot, data = sim.robots[0], sim.sim.data._data
-    hand = robot.eef_site_id["right"]
-    position, frame = data.site_xpos[hand], data.site_xmat[hand].reshape(3, 3)
-    wrist = data.xquat[sim.sim.model._model.site_bodyid[hand]]
-    parts, back, relative = [], np.zeros(4), np.zeros(4)
-    mujoco.mju_negQuat(back, wrist)
+    site = robot.eef_site_id["right"]
+    position, turn = data.site_xpos[site], data.xquat[sim.sim.model._model.site_bodyid[site]]
+    parts, back, seen, relative = [], np.zeros(4), np.zeros(3), np.zeros(4)
+    mujoco.mju_negQuat(back, turn)
     for name in ("object", "obstacle", "goal"):
         if name not in sim.bodies:
             parts.append(np.zeros(14))
             continue
         body = data.body(sim.bodies[name].root_body)
         mujoco.mju_mulQuat(relative, back, body.xquat)
-        seen = (body.xpos - position) @ frame
-        parts += [body.xpos.copy(), body.xquat.copy(), seen, relative.copy()]
+        mujoco.mju_rotVecQuat(seen, body.xpos - position, back)
+        parts += [body.xpos, body.xquat, seen.copy(), relative.copy()]
     thing, goal = (data.body(sim.bodies[name].root_body) for name in ("object", "goal"))
     q, dq = robot._joint_positions, robot._joint_velocities
     fingers = [data.qpos[robot._ref_gripper_joint_pos_indexes["right"]],
                data.qvel[robot._ref_gripper_joint_vel_indexes["right"]]]
-    parts += [goal.xpos - thing.xpos, one_hots, np.cos(q), np.sin(q), dq, position, wrist, *fingers]
+    parts += [goal.xpos - thing.xpos, one_hots, np.cos(q), np.sin(q), dq, position, turn, *fingers]
     return np.concatenate(parts).astype(np.float32)
 
 
 def composuite_judge(sim, objective):
-    """(reward, success) of the state: 1 for success (the object rests in the box of its goal, let
-    go of unless it is pushed), else at most 0.2 for reaching it; grasped, 0.3, up to 0.5 as it is
-    lifted 10 cm (or pushed), up to 0.9 on its way to the goal.
+    """(reward, success) of the state: 1 for success (the object is in the box of its goal and,
+    unless the task is to push it, let go of), else at most 0.2 for reaching it; 0.3 for holding it,
+    up to 0.5 as it is lifted 10 cm (or is pushed), up to 0.9 on its way to the goal.
     """
     data = sim.sim.data._data
     hand = data.site_xpos[sim.robots[0].eef_site_id["right"]]
@@ -705,8 +704,10 @@ def make_mimicgen(name, render=False):
 
     Observation float32: hand's position 3 and quaternion 4, fingers 2 (Panda, Sawyer) or 6, then
     robosuite's own object-state. Action (7,): the hand's motion 3, its turn 3, gripper. Reward 1 at
-    success, which terminates. Not included, because they need MimicGen's own meshes: Coffee,
-    CoffeePreparation, MugCleanup, and what the paper holds out, Threading and ThreePieceAssembly.
+    success, which terminates. Lift and the single groceries are robosuite's own, beside MimicGen's.
+    Not included: Square_D1 and D2, whose peg moves, and what needs MimicGen's own meshes: Coffee,
+    CoffeePreparation, MugCleanup, HammerCleanup, Kitchen, Threading and ThreePieceAssembly, so also
+    the two that the paper holds out.
     """
     check_mujoco_gl(render)
     robot, _, task = name.partition("_")
