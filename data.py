@@ -1061,8 +1061,8 @@ RECIPES = {
     "atari/breakout": Recipe(BreakoutExpert, episodes=20, sigma=0.02, references=8, chunk=2),
     "procgen": Recipe(procgen_planner, episodes=20, sigma=0.05, references=10, limit=500, chunk=1),
     "procgen/maze": Recipe(MazeExpert, episodes=300, sigma=0.1),
-    "procgen/heist": Recipe(heist_expert, episodes=60, sigma=0.05, references=10, limit=500, success_only=True,
-                            chunk=2),
+    "procgen/heist": Recipe(heist_expert, episodes=60, sigma=0.05, references=10, limit=500,
+                            success_only=True, chunk=2),
     "composuite": Recipe(ComposuiteExpert, episodes=20, references=10, success_only=True),
     "mimicgen": Recipe(MimicgenExpert, sigma=0.2, references=10, success_only=True),
 }
