@@ -1169,7 +1169,8 @@ def many(args, machine):
         write_json(folder / "episode_lengths.json", lengths)
         write_json(folder / "task.json", {
             "task": "synthetic/task", "domain": "synthetic", "reward_scale": 1.0,
-            "constant_rtg": False, "observation": {"kind": "vector", "shape": [8]},
+            "constant_rtg": False, "target_return": 60.0, "reference_score": 60.0,
+            "random_score": 0.0, "observation": {"kind": "vector", "shape": [8]},
             "action": {"kind": "continuous", "dims": 2}})
         for layout in ("files", "packed"):
             if layout == "packed":
