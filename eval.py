@@ -1932,7 +1932,9 @@ def main(args):
     """See the opening of this file."""
     if args.list:
         for task in all_tasks():
-            print(f"{task:<36}{install_line(task) or 'available'}")
+            domain, name = split_task(task)
+            print(f"{task:<50}{'held out' if name in domain.heldout else '':<10}"
+                  f"{install_line(task) or 'available'}")
         return
     if args.compare:
         return compare(args.compare, args.output)
