@@ -1786,7 +1786,7 @@ class Args:
     checkpoint: Path | None = None
     """Written by train.py; holds the model and the cards of its tasks, nothing else is needed."""
     tasks: tuple[str, ...] = ()
-    """Only these of the checkpoint's tasks, e.g. metaworld/reach-v3 (default: all)."""
+    """Only these of the checkpoint's tasks or domains, e.g. metaworld/reach-v3 (default: all)."""
     episodes: int | None = None
     """Episodes per task (default: 20; Dark-Room 80, Atari 8)."""
     seed: int = EVALUATION_SEED
@@ -1916,16 +1916,18 @@ def draw_comparison(runs, tasks, output):
 
 
 def choose_cards(cards, tasks):
-    """The cards of the named tasks; a task that the checkpoint does not know is refused."""
-    tasks = [canonical(task) for task in tasks]
-    for task in tasks:
-        if task not in cards:
-            near = difflib.get_close_matches(task, cards, n=1, cutoff=0.0)
+    """The cards of the named tasks or domains; what the checkpoint does not know is refused."""
+    chosen = {}
+    for name in map(canonical, tasks):
+        found = [task for task in cards if task == name or domain_of(task) == name]
+        if not found:
+            near = difflib.get_close_matches(name, cards, n=1, cutoff=0.0)
             raise SystemExit(
-                f"this checkpoint has no card for {task!r}: it was trained on {', '.join(cards)}. "
+                f"this checkpoint has no card for {name!r}: it was trained on {', '.join(cards)}. "
                 f"Nearest: {near[0]}"
             )
-    return {task: cards[task] for task in tasks or cards}
+        chosen.update({task: cards[task] for task in found})
+    return chosen or cards
 
 
 def main(args):

@@ -3113,6 +3113,7 @@ def test_a_task_that_the_checkpoint_does_not_know(tmp_path):
     """Refused with what it was trained on, and the nearest."""
     cards = {"metaworld/reach-v3": 1, "atari/freeway": 2}
     assert worlds.choose_cards(cards, ("atari/freeway",)) == {"atari/freeway": 2}
+    assert worlds.choose_cards(cards, ("atari",)) == {"atari/freeway": 2}
     with pytest.raises(SystemExit, match="trained on metaworld/reach-v3.*Nearest: atari/freeway"):
         worlds.choose_cards(cards, ("atari/freewy",))
 
