@@ -2174,7 +2174,7 @@ def test_jobs_that_crash_or_hang_are_named(tmp_path, monkeypatch):
 def test_a_failed_task_does_not_stop_an_evaluation(tmp_path, monkeypatch, capsys):
     """It is named, the others are scored, scores.json is written, and the exit code is 1."""
     model = lram.LRAM(lram.Config("mlstm", "tiny", context=5))
-    good = dark_card(random_score=0.0, reference_score=10.0)
+    good = dark_card(random_score=0.0, reference_score=10.0, made_by="us")
     cards = {"darkroom/train": good, "darkroom/none": good, "darkroom/heldout": good}
     lram.save_checkpoint(tmp_path / "c.pt", {"model": model.state_dict(), "cards": cards,
                                              "model_config": asdict(model.config)})
