@@ -2319,7 +2319,8 @@ class Mixture:
         for slot in range(part[0], batch_size, part[1]):
             window, spare, tries = self.window(*plan[slot], context), None, 0
             while window is None:               # a bad file: another draw, of this slot's own
-                spare = spare or np.random.default_rng([seed, step, number, slot])
+                # (+ 1: numpy pads with zeros, so that [., ., ., 0] would be the plan's stream)
+                spare = spare or np.random.default_rng([seed, step, number, slot + 1])
                 window, tries = self.window(*self.draw(domain, context, spare), context), tries + 1
                 if tries == 100:
                     raise SystemExit(f"every trajectory of {domain} that was tried is malformed; "

@@ -2623,6 +2623,19 @@ def test_damaged_frames_are_refused_or_skipped(tmp_path, capsys):
         mixture.sample("atari", 4, 8, 0, step)
     assert capsys.readouterr().err.count("skipped") == 1
     assert data.check(tmp_path) == 1 and f"{bad}.hdf5" in capsys.readouterr().out
+
+
+def test_what_replaces_a_bad_window_is_drawn_anew(tmp_path):
+    """In no slot of a batch by the random numbers that drew the batch."""
+    write_task(tmp_path, [400] * 3)
+    mixture, drawn, draw = data.Mixture(tmp_path, ["darkroom/train"]), {}, data.Mixture.draw
+    mixture.draw = lambda domain, context, rng: drawn.setdefault(rng, []).append(
+        draw(mixture, domain, context, rng)) or drawn[rng][-1]
+    window, count = mixture.window, iter(range(99))
+    mixture.window = lambda *args: None if next(count) % 2 == 0 else window(*args)  # first tries
+    mixture.sample("darkroom", 4, 8, 0, 0)
+    plan, *spares = drawn.values()
+    assert len(plan) == len(spares) == 4 and not any(spare[0] in plan for spare in spares)
     data.info(tmp_path, output=tmp_path / "info.png")
     assert (tmp_path / "info.png").read_bytes()[1:4] == b"PNG"
 
