@@ -2961,6 +2961,12 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
         np.allclose(card["state_std"], states.std(0))
 
 
+def test_a_domain_brings_its_default_held_out_card(tmp_path):
+    """As --help says, also where darkroom/train is named by its domain (or by "laptop")."""
+    data.main(data.Make(tasks=("darkroom",), root=tmp_path, episodes=2, processes=1))
+    assert (tmp_path / "darkroom/heldout/task.json").exists()
+
+
 def test_histories_are_of_agents_that_learn(tmp_path, monkeypatch):
     """Replayed in the world step by step; returns-to-go by episode; the curve rises to the top."""
     episodes = 200
