@@ -1771,7 +1771,7 @@ def show_world(args):
     if args.video is None or len(args.tasks) != 1:
         raise SystemExit(f"--policy {args.policy} shows a world; for example: --video world.gif "
                          f"--tasks atari/pong --policy {args.policy}")
-    (task,), make_policy, limit = args.tasks, random_policy, None
+    task, make_policy, limit = canonical(args.tasks[0]), random_policy, None
     if args.policy == "expert":
         from data import expert_policy, recipe_of
         make_policy = partial(expert_policy, expert=recipe_of(task).expert)

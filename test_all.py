@@ -2223,6 +2223,10 @@ def test_video_of_a_world(tmp_path, capsys):
         assert gif.size == (160, 160)
     with pytest.raises(SystemExit, match="for example: --video"):
         worlds.main(worlds.Args(policy="random"))
+    with mock.patch.object(worlds, "record_video") as record:
+        worlds.main(worlds.Args(video=path, tasks=("gym:CartPole-v1",), policy="expert"))
+    assert record.call_args[0][0].keywords["expert"] is data.CrossEntropyPolicy
+    assert record.call_args[0][1] == "gym/CartPole-v1"
 
 
 def test_comparison_of_runs(tmp_path, capsys):
