@@ -48,6 +48,7 @@ import re
 import shlex
 import stat
 import sys
+import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from copy import deepcopy
@@ -2086,9 +2087,13 @@ def convert(args):
                     continue
                 raise SystemExit(f"{error}{_range_of(args, actions)}\nor leave such episodes out: "
                                  "--on-bad skip") from None
-            write_trajectory(folder / f"{name}.hdf5", states, actions, rewards, end)
+            try:
+                write_trajectory(folder / f"{name}.hdf5", states, actions, rewards, end)
+            except OSError as error:                # a full disk: not the source's fault
+                raise SystemExit(str(error)) from None
             done += 1
-    except (OSError, EOFError, KeyError, ValueError, IndexError, zlib.error) as error:
+    except (OSError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError,
+            RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise SystemExit(f"{args.source} cannot be read as {args.format} after episode {name}: "
                          f"{type(error).__name__}: {error}") from None
     except ImportError as error:

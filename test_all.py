@@ -2906,6 +2906,24 @@ def test_data_of_another_world_are_not_scored():
     assert "does not have" in worlds.cannot_play("darkroom/third", card)
 
 
+def test_broken_sources_are_named(tmp_path, monkeypatch):
+    """Truncated archives and groups where arrays should be; a full disk is not called broken."""
+    write_npz(tmp_path / "s")
+    args = data.Convert("npz", tmp_path / "s", "robots/known", tmp_path / "d")
+    monkeypatch.setattr(data.h5py, "File", mock.Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(SystemExit, match="^cannot write .*run the same command again"):
+        data.convert(args)
+    monkeypatch.undo()
+    whole = (tmp_path / "s/run1.npz").read_bytes()
+    (tmp_path / "s/run1.npz").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(SystemExit, match="cannot be read as npz after episode run0: BadZipFile"):
+        data.convert(args)
+    with h5py.File(tmp_path / "flat.hdf5", "w") as f:
+        f.create_group("terminals")
+    with pytest.raises(SystemExit, match="cannot be read as d4rl after episode nothing"):
+        data.convert(replace(args, format="d4rl", source=tmp_path / "flat.hdf5", task="a/b"))
+
+
 def test_actions_of_another_range(tmp_path, monkeypatch):
     """Refused with the range of all of them; rescaled or cut off on request, from the start."""
     rng = np.random.default_rng(0)
