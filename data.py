@@ -2129,12 +2129,13 @@ def _begin_conversion(args, folder):
     begun = load_json(unfinished) if unfinished.exists() else {}
     if has_data(folder) and not begun.get("source"):
         raise SystemExit(f"{folder} holds other data; delete it, or choose another --root")
-    if begun and begun["source"] != source:
+    if begun and begun.get("source") != source:
         print(f"begun with other settings: {folder} starts anew")
         for stem in episodes_in(folder):
             (folder / f"{stem}.hdf5").unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(unfinished, {"command": shlex.join(words), "source": source})
+    (folder / PACK).unlink(missing_ok=True)             # it lacks what is converted now
     return True
 
 

@@ -2906,6 +2906,22 @@ def test_data_of_another_world_are_not_scored():
     assert "does not have" in worlds.cannot_play("darkroom/third", card)
 
 
+def test_conversion_over_something_begun(tmp_path, monkeypatch):
+    """Of a folder that `make` has begun without data; of one that was packed half converted."""
+    known, folder = write_npz(tmp_path / "s"), tmp_path / "d/darkroom/train"
+    folder.mkdir(parents=True)
+    (folder / data.UNFINISHED).write_text('{"command": "python data.py make darkroom/train"}')
+    args = data.Convert("npz", tmp_path / "s", "darkroom/train", tmp_path / "d")
+    write, count = data.write_trajectory, iter(range(9))
+    monkeypatch.setattr(data, "write_trajectory", lambda *episode: write(*episode)
+                        if next(count) < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="continues"):
+        data.convert(args)
+    monkeypatch.undo()
+    data.pack(tmp_path / "d")
+    assert data.convert(args) == len(data.load_index(folder)[0]) == len(known) == 3
+
+
 def test_broken_sources_are_named(tmp_path, monkeypatch):
     """Truncated archives and groups where arrays should be; a full disk is not called broken."""
     write_npz(tmp_path / "s")
