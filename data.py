@@ -1320,21 +1320,28 @@ def _levels(folder, noise):
 
 def _plan(task, folder, episodes, with_data, noise=()):
     """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(task)
     wanted = (episodes or recipe.episodes) if with_data else 0
     files = {path.stem for end in ("*.hdf5", "*.failed") for path in folder.glob(end)}
     packed = {x.decode() for x in Pack(folder / PACK).names} if (folder / PACK).exists() else set()
     seeds = [s for s in range(wanted) if f"{s:06d}" not in files | packed]
     if not seeds and (folder / "task.json").exists():
+        (folder / UNFINISHED).unlink(missing_ok=True)   # killed just before it did so itself
         return []
     if packed - files:
         raise SystemExit(f"{folder / PACK} holds {len(packed - files)} trajectories that are no "
                          f"files any more, so nothing can be added to it; move it away, or ask for "
                          f"at most {len(packed)} episodes")
+    env = make_env(task)                                # a name that does not exist ends here
+    space, image = env.action_space, env.observation_space.dtype == np.uint8
+    env.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["python", "data.py", "make", task, "--root", str(folder)[:-len(task) - 1] or "."]
+    words += ["--episodes", str(episodes)] if episodes else []
+    # the mark before the card goes: without either, the files would pass for a download
+    write_json(folder / UNFINISHED, {"command": shlex.join(words), "noise": noise})
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
-    write_json(folder / UNFINISHED, {"command": f"python data.py make {task}", "noise": noise})
     jobs = lambda seeds: [seeds[i:i + recipe.chunk] for i in range(0, len(seeds), recipe.chunk)]
     work = recipe.write or _make_episodes
     plan = [(work, (str(folder), noise, few)) for few in jobs(seeds)]
@@ -1342,14 +1349,12 @@ def _plan(task, folder, episodes, with_data, noise=()):
     span = lambda start, n=n: list(range(start, start + n))
     plan += [(_measure, ("expert", few)) for few in jobs(span(EXPERT_SEED))]
     plan += [(_measure, ("random", span(RANDOM_SEED, max(n, recipe.randoms or 0))))]
-    env = make_env(task)
-    if isinstance(env.action_space, gym.spaces.Discrete):
-        few = max(1, n // 8) if env.observation_space.dtype == np.uint8 else n
+    if isinstance(space, gym.spaces.Discrete):
+        few = max(1, n // 8) if image else n
         plan += [
             (_measure, (a, list(range(CONSTANT_SEED, CONSTANT_SEED + few))))
-            for a in range(env.action_space.n)
+            for a in range(space.n)
         ]
-    env.close()
     return plan
 
 

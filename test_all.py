@@ -2999,6 +2999,37 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
         np.allclose(card["state_std"], states.std(0))
 
 
+def test_making_may_be_killed_anywhere(tmp_path, monkeypatch):
+    """Before the first and after the last file: never taken for a download, nor for unfinished; a
+    task that does not exist leaves no folder.
+    """
+    make = partial(data.make, ["darkroom/train"], tmp_path, processes=1)
+    make(episodes=2)
+    folder, unlink = tmp_path / "darkroom/train", Path.unlink
+
+    def killed(path, missing_ok=False, victim="task.json"):
+        unlink(path, missing_ok)
+        if path.name == victim:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(episodes=3)
+    assert not (folder / "task.json").exists() and not data.is_public(folder)
+    words = shlex.split(data.load_json(folder / data.UNFINISHED)["command"])
+    assert words[-4:] == ["--root", str(tmp_path), "--episodes", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.write_card(folder, data.statistics(folder), data.load_json(
+                folder / data.UNFINISHED) | dark_card())
+    make(episodes=2)
+    assert data.check(tmp_path) == 0
+    with pytest.raises(SystemExit, match="split is 'none'"):
+        data.make(["darkroom/none"], tmp_path)
+    assert not (tmp_path / "darkroom/none").exists()
+
+
 def test_a_domain_brings_its_default_held_out_card(tmp_path):
     """As --help says, also where darkroom/train is named by its domain (or by "laptop")."""
     data.main(data.Make(tasks=("darkroom",), root=tmp_path, episodes=2, processes=1))
