@@ -1384,8 +1384,12 @@ def _finish_task(task, folder, measured, noise):
     if not stats["lengths"]:    # no data of its own: read as a task of its domain that has some
         cards = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/task.json"))]
         own = domain_of(task)
-        siblings = [c for c in cards if c["domain"] == own
-                    and c["observation"] == stats["observation"]]
+        cards = [c for c in cards if c["domain"] == own]
+        siblings = [c for c in cards if c["observation"] == stats["observation"]]
+        if cards and not siblings:      # none is like it, as in DMControl: read as it is
+            width = stats["observation"]["shape"]
+            siblings = [{"state_mean": np.zeros(width).tolist(),
+                         "state_std": np.ones(width).tolist()}]
         if not siblings:
             example = f", for example {own}/{domain.tasks[0]}" if domain.tasks else ""
             raise SystemExit(f"{task} has no data of its own; make a task of {own} with "

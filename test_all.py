@@ -3030,6 +3030,20 @@ def test_making_may_be_killed_anywhere(tmp_path, monkeypatch):
     assert not (tmp_path / "darkroom/none").exists()
 
 
+def test_held_out_tasks_need_none_that_is_like_them(tmp_path):
+    """The paper holds out pendulum-swingup, whose 3 numbers no task of its training split has."""
+    pytest.importorskip("dm_control")
+    finish = partial(data._finish_task, measured={"expert": [2.0], "random": [1.0]}, noise=())
+    folder = tmp_path / "dmcontrol/pendulum-swingup"
+    folder.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="make a task of dmcontrol with it"):
+        finish("dmcontrol/pendulum-swingup", folder)
+    write_task(tmp_path, [9], "dmcontrol/point_mass-easy", domain="dmcontrol")
+    finish("dmcontrol/pendulum-swingup", folder)
+    card = data.load_card(folder)
+    assert card["state_mean"] == [0.0] * 3 and card["state_std"] == [1.0] * 3
+
+
 def test_a_domain_brings_its_default_held_out_card(tmp_path):
     """As --help says, also where darkroom/train is named by its domain (or by "laptop")."""
     data.main(data.Make(tasks=("darkroom",), root=tmp_path, episodes=2, processes=1))
