@@ -1209,14 +1209,16 @@ def _make_episodes(task, folder, noise, seeds, advance):
         (Path(folder) / f"{seed:06d}.failed").touch()
 
 
-def _measure(task, who, seeds, advance):
-    """Worker: returns of the noise-free expert, the random policy or a constant action (int)."""
+def _measure(task, who, seeds, advance, whole=False):
+    """Worker: returns of the noise-free expert, the random policy or a constant action (int), in
+    episodes cut where the recipe cuts the data's, or whole ones.
+    """
     recipe = recipe_of(task, needed=who == "expert")
     if who == "expert":
         policy = partial(expert_policy, expert=recipe.expert)
     else:
         policy = random_policy if who == "random" else partial(constant_policy, action=who)
-    make = partial(make_env, task, limit=recipe and recipe.limit)
+    make = partial(make_env, task, limit=recipe.limit if recipe and not whole else None)
     done = rollout(make, policy, seeds, num_envs=4, keep_states=False, advance=advance)
     return [float(e.rewards.sum()) for e in done]
 
@@ -2173,7 +2175,8 @@ def _finish_conversion(args, folder):
     else:
         n = min(20, math.ceil(20_000 / split_task(args.task)[0].steps))
         extra["random_score"] = float(np.mean(_measure(
-            args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)), lambda steps: None)))
+            args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)), lambda steps: None,
+            whole=True)))
         how = f"random measured over {n} episodes"
     source = load_json(folder / UNFINISHED)["source"]
     card = task_card(args.task, stats, **extra, source=source,

@@ -2829,7 +2829,7 @@ def test_public_formats_are_converted_exactly(format, tmp_path, monkeypatch, cap
     task, write = FORMATS[format]
     if format == "dqn-replay":
         pytest.importorskip("ale_py")
-        monkeypatch.setattr(data, "_measure", lambda *_: [1.0])     # the random policy takes long
+        monkeypatch.setattr(data, "_measure", lambda *_, whole: [whole])    # random takes long
     known = write(tmp_path / "source")
     args = data.Convert(format, tmp_path / "source", task, tmp_path / "d")
     write_trajectory, count = data.write_trajectory, []
