@@ -1746,6 +1746,8 @@ def export(model, cards, path, compiled, seed=EVALUATION_SEED, **agent_options):
 def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
     """One episode of a policy of rollout() as an animated GIF (MuJoCo needs an OpenGL library)."""
     from PIL import Image
+    if path.suffix.lower() != ".gif":
+        raise SystemExit(f"--video writes an animated GIF, for example {path.with_suffix('.gif')}")
     try:
         env = _FrameGrabber(make_env(task, render=True, limit=limit))
         env.reset(seed=seed)
@@ -1938,6 +1940,8 @@ def main(args):
             print(f"{task:<50}{'held out' if name in domain.heldout else '':<10}"
                   f"{install_line(task) or 'available'}")
         return
+    if args.output:                                         # or it fails after all the work
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.compare:
         return compare(args.compare, args.output)
     if args.policy != "agent":

@@ -2179,7 +2179,7 @@ def test_a_failed_task_does_not_stop_an_evaluation(tmp_path, monkeypatch, capsys
     lram.save_checkpoint(tmp_path / "c.pt", {"model": model.state_dict(), "cards": cards,
                                              "model_config": asdict(model.config)})
     for processes in (1, 2):
-        out = tmp_path / f"scores{processes}.json"
+        out = tmp_path / "new" / f"scores{processes}.json"
         with pytest.raises(SystemExit) as end:
             worlds.main(worlds.Args(checkpoint=tmp_path / "c.pt", episodes=2, output=out,
                                     processes=processes))
@@ -2187,7 +2187,7 @@ def test_a_failed_task_does_not_stop_an_evaluation(tmp_path, monkeypatch, capsys
         summary = json.loads(out.read_text())
         assert list(summary["tasks"]) == ["darkroom/train", "darkroom/heldout"]
         assert "split is 'none'" in summary["failed"]["darkroom/none"]
-    assert json.loads((tmp_path / "scores1.json").read_text()) == summary     # in either way
+    assert json.loads((tmp_path / "new/scores1.json").read_text()) == summary     # in either way
 
 
 def test_a_failed_job_leaves_its_task_incomplete(tmp_path, monkeypatch, capsys):
@@ -2223,6 +2223,9 @@ def test_video_of_a_world(tmp_path, capsys):
         assert gif.size == (160, 160)
     with pytest.raises(SystemExit, match="for example: --video"):
         worlds.main(worlds.Args(policy="random"))
+    with pytest.raises(SystemExit, match="animated GIF, for example .*sweep.gif"):
+        worlds.main(worlds.Args(video=path.with_suffix(".mp4"), tasks=("darkroom/train",),
+                                policy="random"))
     with mock.patch.object(worlds, "record_video") as record:
         worlds.main(worlds.Args(video=path, tasks=("gym:CartPole-v1",), policy="expert"))
     assert record.call_args[0][0].keywords["expert"] is data.CrossEntropyPolicy
