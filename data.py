@@ -1853,9 +1853,10 @@ def pack_task(folder, card=None, on_bad="refuse"):
                 try:
                     t = open_trajectory(path, card, length)
                     states = to_gray(t.states[:]) if t.states.ndim == 4 else t.states
-                    if kept and f["states"].shape[1:] != states.shape[1:]:
-                        raise BadTrajectory(f"{path}: states are {states.shape[1:]} each, those "
-                                            f"before it {f['states'].shape[1:]}")
+                    for key, x in (("states", states), ("actions", t.actions)):
+                        if kept and f[key].shape[1:] != x.shape[1:]:
+                            raise BadTrajectory(f"{path}: {key} are {x.shape[1:]} each, those "
+                                                f"before it {f[key].shape[1:]}")
                 except BadTrajectory as error:
                     if on_bad == "refuse":
                         raise

@@ -2365,6 +2365,13 @@ def test_packing_refuses_what_is_bad_and_leaves_nothing_half_done(tmp_path, caps
         with pytest.raises(KeyboardInterrupt):
             data.pack(tmp_path, "skip")
     assert not list(folder.glob("pack*"))
+    (tmp_path / "public" / "robots").mkdir(parents=True)
+    for dims in (3, 4):                                 # without a card that says how many
+        data.write_trajectory(tmp_path / f"public/robots/{dims}.hdf5", np.zeros((5, 2), np.float32),
+                              np.zeros((5, dims), np.float32), np.zeros(5), True)
+    with pytest.raises(SystemExit, match=r"4.hdf5: actions are \(4,\) each, those before it"):
+        data.pack(tmp_path / "public")
+    shutil.rmtree(tmp_path / "public")
     data.pack(tmp_path, "skip")
     names, lengths, pack = data.load_index(folder)
     assert names.tolist() == [b"000000", b"000002"] and lengths.tolist() == [30, 30]
