@@ -3136,6 +3136,15 @@ def test_resume_is_exact(backbone, tmp_path, monkeypatch):
         Path("runs/parts/config.json").exists()
 
 
+def test_resume_takes_the_same_command(tmp_path):
+    """Domains and gym:ID too, which the run keeps as lists of tasks; other tasks are refused."""
+    args = train.Args(tasks=("darkroom", "gym:CartPole-v1"), heldout=("darkroom",), resume=True)
+    saved = asdict(train.resolve(args)) | {"data_root": "datasets"}
+    assert train.resumed_args(args, saved).tasks == ("darkroom/train", "gym/CartPole-v1")
+    with pytest.raises(SystemExit, match="--tasks .* contradicts the run"):
+        train.resumed_args(replace(args, tasks=("metaworld",)), saved)
+
+
 def test_several_processes_train_as_one(tmp_path):
     """torchrun with 2 processes against one process: the same losses and perplexities.
 

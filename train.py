@@ -185,6 +185,8 @@ def resumed_args(args, saved):
     saved["data_root"] = Path(saved["data_root"])
     for field in dataclasses.fields(Args):
         given = getattr(args, field.name)
+        if field.name in ("tasks", "heldout") and given:        # the run's are written out in full
+            given = expand_tasks(given, field.name == "heldout", saved["data_root"])
         if field.name in free:
             saved[field.name] = given
         elif given != field.default and str(given) != str(saved.get(field.name)):
