@@ -1254,7 +1254,12 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
             continue
         present.append(task)
         levels[task] = _levels(root / task, noise)
-        plan = _plan(task, root / task, episodes, task in tasks, levels[task])
+        try:
+            plan = _plan(task, root / task, episodes, task in tasks, levels[task])
+        except (ImportError, RuntimeError, OSError) as error:       # installed, and broken
+            print(f"{task} left out: {type(error).__name__}: {error}", file=sys.stderr)
+            present.remove(task)
+            continue
         if plan:
             plans[task] = plan
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]

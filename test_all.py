@@ -3252,6 +3252,15 @@ def test_missing_simulators_are_named_and_left_out(tmp_path, monkeypatch, capsys
     write_task(tmp_path / "made", [20, 20], task="metaworld/reach-v3")     # the data are there
     assert data.make(tasks[:1], tmp_path / "made") == ["metaworld/reach-v3"]
     assert "metaworld/reach-v3 cannot be scored" in capsys.readouterr().err
+    monkeypatch.undo()                          # installed, but it lacks a system library
+
+    def broken(task):
+        if task == "metaworld/reach-v3":
+            raise OSError("libGL.so.1")
+        return worlds.make_env(task)
+    monkeypatch.setattr(data, "make_env", broken)
+    assert data.make(tasks, tmp_path / "new", episodes=2, processes=1) == ["darkroom/train"]
+    assert "metaworld/reach-v3 left out: OSError: libGL.so.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("write")))
