@@ -2754,7 +2754,8 @@ def _draw_actions(axis, actions):
 class Make:
     """Generate what is missing of the tasks' data (default: the default mixture)."""
     tasks: tyro.conf.Positional[tuple[str, ...]] = DEFAULT_TASKS
-    """Tasks named domain/task, or whole domains; python eval.py --list shows them."""
+    """Tasks named domain/task or gym:ID, whole domains, or laptop, a taste of every domain; python
+    eval.py --list shows them."""
     heldout: tuple[str, ...] | None = None
     """Tasks, or domains' held-out tasks, that are only scored: their cards are made, no data
     (default: darkroom/heldout beside darkroom/train)."""

@@ -69,7 +69,8 @@ class Args:
     """Continue the run of this name from its last checkpoint."""
 
     tasks: tuple[str, ...] = data.DEFAULT_TASKS
-    """The mixture: tasks named domain/task, or domains; `python eval.py --list` shows them."""
+    """The mixture: tasks named domain/task or gym:ID, domains, or laptop (a taste of every domain);
+    `python eval.py --list` shows them."""
     heldout: tuple[str, ...] | None = None
     """Tasks, or domains' held-out tasks, that are scored but never trained on (default:
     darkroom/heldout beside darkroom/train)."""
