@@ -1239,6 +1239,8 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     missing are named and left out, and so are those of which a simulator crashed, or hung for
     `timeout` seconds.
     """
+    if episodes is not None and episodes < 1:
+        raise SystemExit(f"{episodes} episodes a task cannot be made: give 1 or more")
     root, present, plans, levels = Path(root), [], {}, {}
     tasks = expand_tasks(tasks, root=root)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True, root=root)):
@@ -2666,6 +2668,9 @@ def info(path, domain=None, output=None, sample=SAMPLE):
     folders = task_folders(path)
     rows = [describe(folder, task_name(folder, domain), sample)
             for folder in tqdm(folders, desc="info", unit="task", leave=False) if folders[folder]]
+    if not rows:
+        print(f"{path} holds no trajectories; make some with: python data.py make")
+        return
     print(f"{'task':<40}{'episodes':>9}{'steps':>11}{'length':>8}"
           f"{'return mean (min to max)':>28}{'solved':>8}{'actions':>15}{'consecutive':>16}")
     for row in rows:

@@ -1752,6 +1752,8 @@ def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
         env = _FrameGrabber(make_env(task, render=True, limit=limit))
         env.reset(seed=seed)
         env.render()
+    except gym.error.Error as error:    # gymnasium's own worlds are drawn by pygame, for one
+        raise SystemExit(f"{task}: {error}") from None
     except Exception as error:          # without OpenGL: one of many, each library has its own
         if "MUJOCO_GL" not in os.environ:
             raise
@@ -1837,7 +1839,11 @@ def compare(paths, output):
     """
     runs = {}
     for path in paths:
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path} cannot be read as scores ({error}); train.py and eval.py "
+                             "--output write such files") from None
         runs.update({path.parent.name: content} if "tasks" in content else content)
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
     print(

@@ -2230,6 +2230,10 @@ def test_video_of_a_world(tmp_path, capsys):
         worlds.main(worlds.Args(video=path, tasks=("gym:CartPole-v1",), policy="expert"))
     assert record.call_args[0][0].keywords["expert"] is data.CrossEntropyPolicy
     assert record.call_args[0][1] == "gym/CartPole-v1"
+    with mock.patch("gymnasium.envs.classic_control.cartpole.CartPoleEnv.render",
+                    side_effect=gym.error.DependencyNotInstalled("pip install pygame")):
+        with pytest.raises(SystemExit, match="gym/CartPole-v1: pip install pygame"):
+            worlds.main(worlds.Args(video=path, tasks=("gym:CartPole-v1",), policy="random"))
 
 
 def test_comparison_of_runs(tmp_path, capsys):
@@ -2576,6 +2580,8 @@ def test_check_finds_what_no_single_file_shows(tmp_path, capsys, monkeypatch):
     assert "000001.hdf5: may not be read" in capsys.readouterr().out
     assert "does not exist (any more)" in data.check_files(folder, ["9.hdf5"], None)[0][1]
     assert data.check(tmp_path / "none") == 1 and "No such file" in capsys.readouterr().out
+    data.info(tmp_path / "none")
+    assert "holds no trajectories" in capsys.readouterr().out
 
 
 def test_packs_are_checked_and_shown(tmp_path, capsys):
@@ -3293,6 +3299,8 @@ def run(*command, cwd=REPOSITORY):
     (("train.py", "--tasks", "atari/freewy"), "nearest: atari/freeway"),
     (("eval.py", "--checkpoint", "none.pt"), "train one with"),
     (("data.py", "make", "darkrom/train"), "darkroom/train"),
+    (("data.py", "make", "darkroom/train", "--episodes", "0"), "give 1 or more"),
+    (("eval.py", "--compare", "none.json"), "cannot be read as scores"),
     (("train.py", "--resume", "--name", "x"), "nothing to"),
     (("train.py", "--heads", "5"), "power of two"),
     (("train.py", "--tokens", "rtg,s"), "in this order"),
