@@ -2566,7 +2566,10 @@ def test_check_finds_what_no_single_file_shows(tmp_path, capsys, monkeypatch):
     assert data.check(tmp_path) == 2
     out = capsys.readouterr().out
     assert "000003.hdf5: the same content as" in out and "000004.hdf5: the same content" in out
+    (folder / data.UNFINISHED).write_text('{"command": "python data.py make darkroom/train"}')
+    assert data.check(tmp_path) == 1                    # that it is incomplete, and nothing else
     damage(folder / "000002.hdf5", "state shape")
+    (folder / data.UNFINISHED).unlink()
     assert data.check(tmp_path) == 3 and "elsewhere" in capsys.readouterr().out
     (folder / data.UNFINISHED).write_text('{"command": "python data.py convert ..."}')
     assert data.check(tmp_path) == 4 and "incomplete" in capsys.readouterr().out
