@@ -3141,6 +3141,8 @@ def test_resume_is_exact(backbone, tmp_path, monkeypatch):
     logs = [[json.loads(line) for line in open(f"runs/{name}/log.jsonl")]
             for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+    train.main(train.Args(backbone=backbone, name="parts", resume=True, episodes=0))    # complete
+    assert [json.loads(line) for line in open("runs/parts/log.jsonl")] == logs[0]
     assert (Path("runs/parts/curves.png").stat().st_size > 5000) and \
         Path("runs/parts/config.json").exists()
 

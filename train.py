@@ -614,7 +614,9 @@ def main(args):
         (folder / "config.json").write_text(
             json.dumps(dataclasses.asdict(args), indent=1, default=str))
     run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
-              Log(None if rank else folder / "log.jsonl", first_step), rank, world)
+              # a run that is complete is not measured again: its last line stays
+              Log(None if rank else folder / "log.jsonl", first_step + (first_step == args.steps)),
+              rank, world)
 
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
           f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads; "
