@@ -1852,6 +1852,9 @@ def pack_task(folder, card=None, on_bad="refuse"):
     names, lengths, packed = load_index(folder, on_bad)
     if packed is not None:
         return len(names), packed.path.stat().st_size
+    # what the index says stays true: top_fraction and target returns come from it
+    known = (folder / "episode_returns.json").exists()
+    returns = episode_numbers(folder, "returns", on_bad) if known else {}
     total, at, kept, temporary = int(lengths.sum()), 0, [], folder / f"{PACK}.tmp"
     try:
         with h5py.File(temporary, "w") as f:
@@ -1878,7 +1881,8 @@ def pack_task(folder, card=None, on_bad="refuse"):
                     f[key][at:at + length] = x
                 if t.file:
                     t.file.close()
-                kept.append((name, at, length, float(t.rewards.sum())))
+                kept.append((name, at, length,
+                             returns.get(name.decode(), float(t.rewards.sum()))))
                 at += length
             if not kept:
                 raise BadTrajectory(f"{folder}: holds no trajectory that can be packed")

@@ -2613,6 +2613,23 @@ def test_packs_are_checked_and_shown(tmp_path, capsys):
     data.info(tmp_path)
 
 
+def test_packing_keeps_the_returns_of_a_download(tmp_path):
+    """Its index may count other rewards than the files hold; the best of it stay the best."""
+    download(tmp_path, ["metaworld/reach-v2"], [20] * 30)
+    folder = tmp_path / "metaworld" / "reach-v2"
+    for what, value in (("lengths", lambda k: 20), ("returns", lambda k: 7.0 * k)):
+        data.write_json(folder / f"episode_{what}.json",
+                        {name: value(k) for k, name in enumerate(data.episodes_in(folder))})
+    mixture = lambda: data.Mixture(tmp_path, ["metaworld/reach-v3"], top_fraction=0.2)
+    single = mixture()
+    data.pack(tmp_path)
+    packed = mixture()
+    assert single.cards["metaworld/reach-v3"]["target_return"] == 203 == \
+        packed.cards["metaworld/reach-v3"]["target_return"]
+    assert single.train["metaworld"].tolist() == packed.train["metaworld"].tolist()
+    assert min(packed.train["metaworld"]["episode"]) >= 24
+
+
 def test_check_in_several_processes_says_the_same(tmp_path, capsys):
     """Of two tasks with a fault each."""
     for k, task in enumerate(("darkroom/train", "darkroom/heldout")):
