@@ -1287,9 +1287,11 @@ def anchors(task, card, by="data"):
 
     by: "data" takes the card's (here: the random policy and the mean of the expert), "public" the
     paper's table (see reference_scores), "human" the table for Atari and the card for the others.
+    Public data of clipped rewards do not say what a game's points are: they go by the table.
     """
     random, reference = card.get("random_score"), card.get("reference_score")
-    if by == "public" or by == "human" and task.startswith("atari/"):
+    clipped = card.get("clip_rewards") and "source" in card
+    if by == "public" or by == "human" and task.startswith("atari/") or clipped:
         random, reference, *_ = reference_scores(task) or (None, None)
     if random is None or reference is None:
         return random, reference, "no reference"

@@ -2114,6 +2114,9 @@ def test_reference_scores():
     assert worlds.reference_scores("mimicgen/Sawyer_Coffee_D1") == (0.0, 1.0, 1.0, "data maximum")
     assert worlds.reference_scores("mimicgen/UR5e_Kitchen_D1") == (None, None, 1.0, "data maximum")
     assert worlds.reference_scores("darkroom/train") is None
+    card = dark_card(clip_rewards=True, random_score=2.0, reference_score=3.0)
+    assert worlds.anchors("atari/freeway", card) == (2.0, 3.0, None)        # measured, in points
+    assert worlds.anchors("atari/freeway", card | {"source": "downloaded"}) == (0.0, 29.6, None)
     table, found = worlds.reference_table(), {}
     for domain in ("metaworld", "dmcontrol", "procgen", "atari", "composuite", "mimicgen"):
         rows = [row[:3] for task, row in table.items() if task.startswith(domain)]
