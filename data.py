@@ -2561,15 +2561,10 @@ def check(path, domain=None, processes=None):
         jobs += [(folder, names[i:i + 200], cards[folder] or _card_of_download(folder, domain))
                  for i in range(0, max(1, len(names)), 200)]
     total = sum(map(len, folders.values()))
-    # to start processes takes seconds
     processes = processes or (min(os.cpu_count() or 1, 16) if total > 2000 else 1)
     left = Counter(folder for folder, _, _ in jobs)
-    running = ((job, check_files(*job)) for job in jobs) if processes == 1 else \
-        run_jobs(jobs, processes, _start_checker)
     with tqdm(total=total, desc="check", unit="file", leave=False) as bar:
-        for (folder, names, _), rows in running:
-            if isinstance(rows, Exception):         # a file that makes HDF5 itself crash
-                rows = [("", f"{folder / names[0]} to {names[-1]}: not checked: {rows}", None)]
+        for (folder, names, _), rows in _checked(jobs, processes):
             results.setdefault(folder, []).extend(rows)
             report([fault for _, fault, _ in rows if fault])
             bar.update(len(names))
@@ -2581,6 +2576,27 @@ def check(path, domain=None, processes=None):
         report([f"{path}: holds no trajectories (*.hdf5)"])
     print(f"{path}: {checked} trajectories in {len(folders)} tasks, {len(faults)} faults")
     return len(faults)
+
+
+def _checked(jobs, processes):
+    """(job, rows of check_files) of each of jobs, in other processes: a damaged file can crash HDF5
+    itself. The files of a job that crashed are checked one by one.
+    """
+    run = partial(run_jobs, processes=processes, start=_start_checker,
+                  method="fork" if sys.platform == "linux" else "spawn")
+    crashed = []
+    for job, rows in run(jobs):
+        if isinstance(rows, Exception):
+            crashed.append(job)
+        else:
+            yield job, rows
+    for folder, names, card in crashed:
+        rows = []
+        for (_, (name,), _), found in run([(folder, [name], card) for name in names]):
+            rows += found if not isinstance(found, Exception) else [
+                (name, f"{folder / name}: not checked, HDF5 itself crashes or hangs on it: {found}",
+                 None)]
+        yield (folder, names, card), rows
 
 
 def _start_checker():

@@ -1448,7 +1448,7 @@ def _format_means(means, width):
 
 
 # -------------------------------------------------------------------------------- jobs in parallel
-def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None):
+def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None, method="spawn"):
     """Do jobs in several processes at once; yields (job, result) in the order in which they end.
 
     start() is called once in each process and returns do(job, advance) -> result; start, jobs and
@@ -1456,8 +1456,9 @@ def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None):
     simulator that crashes) and where it neither ended nor reported a step for `timeout` seconds
     (one that hangs); its process is replaced, the other jobs go on. Steps that do() reports through
     its advance(steps) reach ours about twice a second. Leaving the loop early kills what runs.
+    method "fork" starts at once; it is for what opens neither simulators nor a GPU.
     """
-    context, waiting = multiprocessing.get_context("spawn"), list(reversed(jobs))
+    context, waiting = multiprocessing.get_context(method), list(reversed(jobs))
     workers = {}                            # our end of the pipe: [process, job, last sign of life]
     try:
         while waiting or workers:
@@ -1502,7 +1503,7 @@ def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None):
 def _death(exitcode):
     """What happened to a process that ended without a result."""
     how = f"exit code {exitcode}" if exitcode >= 0 else signal.Signals(-exitcode).name
-    return RuntimeError(f"its process died ({how}): the simulator crashed, or memory ran out")
+    return RuntimeError(f"its process died ({how}): what it ran crashed, or memory ran out")
 
 
 def _worker(pipe, start, job):

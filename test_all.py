@@ -2644,6 +2644,20 @@ def test_check_in_several_processes_says_the_same(tmp_path, capsys):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize("processes", (1, 2))
+def test_check_survives_a_file_that_crashes_hdf5(processes, tmp_path, monkeypatch, capsys):
+    """It alone is named, the others are checked."""
+    folder = write_task(tmp_path, [30, 30, 30])
+    damage(folder / "000002.hdf5", "NaN")
+    real = data.open_trajectory
+    monkeypatch.setattr(data, "open_trajectory", lambda path, *rest: os.kill(os.getpid(), 9)
+                        if path.name == "000001.hdf5" else real(path, *rest))
+    assert data.check(tmp_path, processes=processes) == 2
+    out = capsys.readouterr().out
+    assert "000001.hdf5: not checked" in out and "SIGKILL" in out
+    assert "000002.hdf5: holds NaN" in out
+
+
 def test_damaged_frames_are_refused_or_skipped(tmp_path, capsys):
     """Frames are read from the file when they are needed; so is what is wrong with them."""
     folder = tmp_path / "atari" / "freeway"
