@@ -2213,6 +2213,17 @@ def test_a_failed_job_leaves_its_task_incomplete(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == 11
 
 
+def test_a_task_that_its_expert_never_solves_is_left_out(tmp_path, monkeypatch, capsys):
+    """Without a card, which would promise data to train on."""
+    recipe = replace(data.RECIPES["darkroom"], success_only=True)       # Dark-Room knows no success
+    monkeypatch.setitem(data.RECIPES, "darkroom", recipe)
+    monkeypatch.setattr(data, "run_jobs", lambda jobs, processes, start, timeout: (
+        (job, start()(job, lambda steps: None)) for job in jobs))
+    assert data.make(["darkroom/train"], tmp_path, episodes=2) == []
+    assert "darkroom/train left out: its expert solved none" in capsys.readouterr().err
+    assert not (tmp_path / "darkroom/train/task.json").exists()
+
+
 def test_video_of_a_world(tmp_path, capsys):
     """Without a checkpoint: the return of the sweep follows from its goal; every second step."""
     from PIL import Image
