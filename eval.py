@@ -1431,7 +1431,7 @@ def format_table(summary):
 
 def _format_means(means, width):
     """Lines for the means over domains of _means(), with an empty one at the end."""
-    if not means:
+    if "domain_scores" not in means:                        # no task has a score
         return []
     rows = {**means["domain_scores"],
             "mean over domains": {**means, "mean": means["mean_over_domains"]}}

@@ -2086,6 +2086,8 @@ def test_scores_without_a_scale():
     assert "a/broken failed: it broke" in table and "1 task failed" in table
     assert "a/below: raw return only, in no mean (reference 5 not above random 8)" in table
     assert worlds.format_table(worlds.summarise({"a/b": {"failed": "it broke"}}))   # nothing else
+    raw = worlds.summarise({"a/none": result([4.0], None, None)})
+    assert "raw return only" in worlds.format_table(raw) and "mean_over_domains" not in raw
     # the same returns by the paper's tables
     results = {"atari/pong": result([-3.05], -21.0, 21.0),
                "atari/carnival": result([1.0], 0.0, 2.0),
