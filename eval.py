@@ -414,26 +414,28 @@ COMPOSUITE_STEPS = 500         # CompoSuite's length of an episode
 
 
 @functools.cache
-def robosuite_classes():
-    """robosuite's Stack with a third cube, and a table for things of our own: (StackThree,
-    Tabletop). In a function because a class needs its base, whose import takes seconds.
-    """
-    gl = os.environ["MUJOCO_GL"]                # see check_mujoco_gl
+def import_robosuite():
+    """robosuite, imported in silence and without its choice of MUJOCO_GL (see check_mujoco_gl)."""
+    gl = os.environ["MUJOCO_GL"]
     logging.disable(logging.WARNING)            # it advises to install its optional parts
     import mujoco  # noqa: F401                 # reads MUJOCO_GL, which the next import overwrites
-    from robosuite.controllers import load_part_controller_config
-    from robosuite.controllers.composite.composite_controller_factory import (
-        refactor_composite_controller_config,
-    )
-    from robosuite.environments.manipulation.manipulation_env import ManipulationEnv
-    from robosuite.environments.manipulation.stack import Stack
-    from robosuite.models.arenas import TableArena
-    from robosuite.models.objects import BoxObject, CompositeObject
-    from robosuite.models.tasks import ManipulationTask
-    from robosuite.utils.observables import Observable, sensor
+    import robosuite
     logging.disable(logging.NOTSET)
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     os.environ["MUJOCO_GL"] = gl
+    return robosuite
+
+
+# Two worlds of our own. In functions, because a class needs its base, whose import takes seconds;
+# robosuite.make() finds them by name once they are defined.
+@functools.cache
+def stack_three_class():
+    """robosuite's Stack with a third cube."""
+    import_robosuite()
+    from robosuite.environments.manipulation.stack import Stack
+    from robosuite.models.objects import BoxObject
+    from robosuite.models.tasks import ManipulationTask
+    from robosuite.utils.observables import Observable, sensor
 
     class StackThree(Stack):
         """Stack, and then cube C on cube A."""
@@ -461,6 +463,22 @@ def robosuite_classes():
             return (super()._check_success() and height > TABLE + 0.08
                     and self.check_contact(self.cubeC, self.cubeA)
                     and not self._check_grasp(self.robots[0].gripper, self.cubeC))
+
+    return StackThree
+
+
+@functools.cache
+def tabletop_class():
+    """A robot at a table, for things of our own."""
+    import_robosuite()
+    from robosuite.controllers import load_part_controller_config
+    from robosuite.controllers.composite.composite_controller_factory import (
+        refactor_composite_controller_config,
+    )
+    from robosuite.environments.manipulation.manipulation_env import ManipulationEnv
+    from robosuite.models.arenas import TableArena
+    from robosuite.models.objects import CompositeObject
+    from robosuite.models.tasks import ManipulationTask
 
     class Tabletop(ManipulationEnv):
         """A robot with Rethink's gripper, moved by its joints, at a table with things on it.
@@ -511,7 +529,7 @@ def robosuite_classes():
         def reward(self, action):
             return 0.0                          # composuite_judge's business
 
-    return StackThree, Tabletop
+    return Tabletop
 
 
 class Robosuite(gym.Env):
@@ -622,7 +640,7 @@ def make_composuite(name, render=False):
     if COMPOSUITE_OBSTACLES[obstacle]:
         y, parts = COMPOSUITE_OBSTACLES[obstacle]
         things["obstacle"] = (place(y, 0.04), parts, False)
-    sim = robosuite_classes()[1](robot, things)
+    sim = tabletop_class()(robot, things)
     env = Robosuite(sim, partial(composuite_observation, one_hots=one_hots),
                     partial(composuite_judge, objective=objective), ends=False,
                     render_mode="rgb_array" if render else None)
@@ -714,8 +732,7 @@ def make_mimicgen(name, render=False):
     if robot not in MIMICGEN_ROBOTS or task not in MIMICGEN_TASKS:
         near = difflib.get_close_matches(name, mimicgen_names(), n=3, cutoff=0.0)
         raise ValueError(f"no such task; nearest: {', '.join(near)}")
-    robosuite_classes()
-    import robosuite
+    robosuite, _ = import_robosuite(), stack_three_class()
     kind, options, steps = MIMICGEN_TASKS[task]
     sim = robosuite.make(kind, robots=robot, control_freq=20, has_offscreen_renderer=False,
                          use_camera_obs=False, hard_reset=False, ignore_done=True, **options)

@@ -517,8 +517,8 @@ def fit(run, first_step):
         print(f"trained {args.steps - first_step} steps in {seconds:.0f} s: "
               f"{tokens / seconds:,.0f} tokens per second")
     if args.profile:
-        share = {key: value / max(sum(spent.values()), 1e-9) for key, value in spent.items()}
-        print("where the time went: " + ", ".join(f"{k} {v:.0%}" for k, v in share.items()))
+        total = max(sum(spent.values()), 1e-9)
+        print("where the time went: " + ", ".join(f"{k} {v / total:.0%}" for k, v in spent.items()))
     return seconds
 
 
@@ -558,6 +558,26 @@ def finish(run, started, data_seconds, train_seconds):
           f"--video it.gif\n      python train.py --backbone {other}")
 
 
+def build_model(args, device, fresh):
+    """The model that the settings describe and its kernels in words; SystemExit if it cannot be."""
+    try:
+        config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
+                        slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
+                        tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
+                        standardise=args.standardise)
+        model = LRAM(config).to(device)
+        kernels = use_kernels(model, args.kernels)
+    except ValueError as error:
+        raise SystemExit(f"these settings do not fit together: {error}") from None
+    if args.init_from and fresh:
+        try:
+            model.load_state_dict(load_checkpoint(args.init_from)["model"])
+        except RuntimeError as error:
+            raise SystemExit(f"--init-from {args.init_from} is a model of another shape; give its "
+                             f"--backbone, --size, --tokens ... too. {str(error)[:300]}") from None
+    return model, kernels
+
+
 def main(args):
     """See the opening of this file."""
     started = time.perf_counter()
@@ -569,22 +589,7 @@ def main(args):
     args, workers = choose_workers(args, device, world)
     torch.manual_seed(args.seed)
 
-    # the model first: a setting that cannot be is refused before any data are made
-    try:
-        config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
-                        slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
-                        tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
-                        standardise=args.standardise)
-        model = LRAM(config).to(device)
-        kernels = use_kernels(model, args.kernels)
-    except ValueError as error:
-        raise SystemExit(f"these settings do not fit together: {error}") from None
-    if args.init_from and not saved:
-        try:
-            model.load_state_dict(load_checkpoint(args.init_from)["model"])
-        except RuntimeError as error:
-            raise SystemExit(f"--init-from {args.init_from} is a model of another shape; give its "
-                             f"--backbone, --size, --tokens ... too. {str(error)[:300]}") from None
+    model, kernels = build_model(args, device, fresh=not saved)     # refuses what cannot be
 
     # data: what is missing is made now
     present = share(None if rank else data.make(args.tasks, args.data_root, args.heldout,
@@ -618,9 +623,10 @@ def main(args):
               Log(None if rank else folder / "log.jsonl", first_step + (first_step == args.steps)),
               rank, world)
 
-    print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D {config.dim}, "
-          f"{config.layers} layers; device {reason}, {torch.get_num_threads()} threads; "
-          f"kernels {kernels}; {workers}" + (f"; {world} processes" if world > 1 else ""))
+    print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D "
+          f"{model.config.dim}, {model.config.layers} layers; device {reason}, "
+          f"{torch.get_num_threads()} threads; kernels {kernels}; {workers}"
+          + (f"; {world} processes" if world > 1 else ""))
     kept, held = (sum(map(len, part.values())) for part in (mixture.train, mixture.validation))
     print(f"{len(mixture.domains)} domains, {kept} trajectories for training, {held} for "
           f"validation; run {folder}" + (f", resumed at step {first_step}" if saved else ""))
