@@ -1931,10 +1931,12 @@ def draw_comparison(runs, tasks, output):
                       label="best constant action" if k == 0 else None)
     axis.axhline(1.0, color="gray", linewidth=0.8)
     axis.axvline(len(tasks) - 0.5, color="gray", linewidth=0.8)
-    labels = [task.replace("/", "/\n").removesuffix("-v3") for task in tasks] + [
-        "mean over\ndomains"
+    many = len(tasks) > 10                      # one line each, slanted, or they run together
+    labels = [task.replace("/", " " if many else "/\n").removesuffix("-v3") for task in tasks] + [
+        "mean over domains" if many else "mean over\ndomains"
     ]
-    axis.set_xticks(x, labels, rotation=0, fontsize=7)
+    axis.set_xticks(x, labels, fontsize=7, rotation=40 if many else 0, rotation_mode="anchor",
+                    ha="right" if many else "center")
     axis.set_ylabel("score (0 random, 1 expert)")
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), None)
     axis.legend(ncol=len(runs) + 1, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
