@@ -1310,6 +1310,9 @@ def anchors(task, card, by="data"):
     clipped = card.get("clip_rewards") and "source" in card
     if by == "public" or by == "human" and task.startswith("atari/") or clipped:
         random, reference, *_ = reference_scores(task) or (None, None)
+        if card.get("limit"):
+            return random, reference, (f"cut at {card['limit']} steps, the reference is of whole "
+                                       "episodes")
     if random is None or reference is None:
         return random, reference, "no reference"
     if not reference > random:

@@ -3192,6 +3192,14 @@ def test_resume_is_exact(backbone, tmp_path, monkeypatch):
     assert [json.loads(line) for line in open("runs/parts/log.jsonl")] == logs[0]
     assert (Path("runs/parts/curves.png").stat().st_size > 5000) and \
         Path("runs/parts/config.json").exists()
+    # other trajectories than those of the interrupted run are refused
+    folder = Path("d/darkroom/train")
+    shutil.copy(folder / "000000.hdf5", folder / "000099.hdf5")
+    for index in (folder / "episode_lengths.json", folder / "episode_returns.json"):
+        known = json.loads(index.read_text())
+        index.write_text(json.dumps({**known, "000099": known["000000"]}))
+    with pytest.raises(SystemExit, match="are not those that the run was interrupted on"):
+        train.main(train.Args(backbone=backbone, name="parts", resume=True, episodes=0))
 
 
 def test_resume_takes_the_same_command(tmp_path):
@@ -3286,6 +3294,15 @@ def test_checkpoints_are_refused_with_a_reason(tmp_path):
     torch.save({"model": Path("x")}, tmp_path / "code.pt")
     with pytest.raises(SystemExit, match="not a readable checkpoint"):
         lram.load_checkpoint(tmp_path / "code.pt")
+
+
+def test_cut_games_have_no_public_reference():
+    """Games that were cut are not compared with whole ones; whole ones go by the paper's table."""
+    card = dark_card(random_score=1.0, reference_score=3.0, limit=600)
+    assert worlds.anchors("atari/ms_pacman", card) == (1.0, 3.0, None)
+    assert "cut at 600 steps" in worlds.anchors("atari/ms_pacman", card, "public")[2]
+    whole = {**card, "limit": None}
+    assert worlds.anchors("atari/ms_pacman", whole, "human") == (307.3, 6951.6, None)
 
 
 def test_a_task_that_the_checkpoint_does_not_know(tmp_path):

@@ -233,14 +233,15 @@ def to_tensors(batch, config, device):
     return inputs, target, mask
 
 
-def join_processes():
+def join_processes(device):
     """(rank, number of processes) under torchrun, else (0, 1); all but process 0 fall silent."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        gpu = device != "cpu" and torch.cuda.is_available()
+        if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # process 0 makes data and may score for long while the others wait
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+        dist.init_process_group("nccl" if gpu else "gloo",
                                 timeout=datetime.timedelta(days=1))
         if rank:
             sys.stdout = open(os.devnull, "w")
@@ -388,6 +389,7 @@ def save(run, step):
         "model": run.model.state_dict(), "model_config": dataclasses.asdict(run.model.config),
         "cards": run.mixture.cards, "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "step": step, "rng": rng, "args": args,
+        "data": run.mixture.fingerprint(),
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
 
@@ -581,7 +583,7 @@ def build_model(args, device, fresh):
 def main(args):
     """See the opening of this file."""
     started = time.perf_counter()
-    rank, world = join_processes()
+    rank, world = join_processes(args.device)
     folder = share(None if rank else run_folder(args), world)
     saved = load_checkpoint(folder / "checkpoint.pt") if args.resume else None
     args = resolve(resumed_args(args, saved["args"]) if saved else args)
@@ -598,6 +600,9 @@ def main(args):
     mixture = data.Mixture(args.data_root, tasks, heldout, args.standardise, args.on_bad,
                            args.top_fraction)
     data_seconds = time.perf_counter() - started
+    if saved and saved.get("data", mixture.fingerprint()) != mixture.fingerprint():
+        raise SystemExit(f"the trajectories below {args.data_root} are not those that the run was "
+                         "interrupted on: restore them, or start a new --name")
 
     # optimizer, and what a resumed run left
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr,
