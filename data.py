@@ -2881,8 +2881,9 @@ def main(args):
              args.timeout)
         info(args.root)
         # a job failed: it was named, and the command that completes the task stands in its folder
-        sys.exit(any((args.root / task / UNFINISHED).exists() for task in
-                     expand_tasks(args.tasks, root=args.root)))
+        if any((args.root / task / UNFINISHED).exists()
+               for task in expand_tasks(args.tasks, root=args.root)):
+            sys.exit(1)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)
     elif isinstance(args, Convert):

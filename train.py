@@ -248,6 +248,19 @@ def join_processes(device):
     return rank, world
 
 
+def leave_processes():
+    """End a process of torchrun: all together, and without Python's own shutdown.
+
+    gloo's threads may still hold a tensor, and to free it while Python shuts down aborts the
+    process, now and then (github.com/pytorch/pytorch/pull/179291): all is written by now.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def share(value, world):
     """A picklable value of process 0, in every process."""
     box = [value]
@@ -644,7 +657,7 @@ def main(args):
     save(run, args.steps)
     finish(run, started, data_seconds, train_seconds)
     if world > 1:
-        dist.destroy_process_group()
+        leave_processes()
 
 
 if __name__ == "__main__":
