@@ -25,7 +25,6 @@ Glossary (the same letters in every file of this project)
 Not included: export for a GPU.
 """
 import copy
-import dataclasses
 import importlib.util
 import itertools
 import json
