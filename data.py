@@ -1246,14 +1246,12 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     tasks = expand_tasks(tasks, root=root)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True, root=root)):
         missing, public = install_line(task), is_public(find_folder(root, task))
-        if missing or public:
-            made = public or (root / task / "task.json").exists()   # can be trained on even so
-            present += [task] if made else []
-        if public and not missing:
-            continue
-        if missing:
+        made = public or (root / task / "task.json").exists()
+        if missing:                             # what is made can be trained on all the same
             print(f"{task} {'cannot be scored' if made else 'left out'}: its simulator is not "
                   f"installed ({missing})", file=sys.stderr)
+        if missing or public:
+            present += [task] if made else []
             continue
         present.append(task)
         levels[task] = _levels(root / task, noise)
@@ -2270,8 +2268,6 @@ class Mixture:
         return digest.hexdigest()[:16]
 
     def _returns(self, task):
-        if self.packs[task]:
-            return self.packs[task].returns
         returns = episode_numbers(self.folders[task], "returns", self.on_bad)
         return np.array([returns[name.decode()] for name in self.names[task]])
 

@@ -451,7 +451,7 @@ def losses_of(run, forward, batch):
     args, config = run.args, run.model.config
     inputs, target, mask = to_tensors(batch, config, run.device)
     count = int(batch["mask"].sum())
-    part, = (count / n for n in run.total([count]))
+    part = count / run.total([count])[0]
     # where the action is learned: from R_t alone, or with images from every token from s_t on
     early = args.early_readout and inputs["obs"].dim() == 5
     readouts = len(config.tokens) - config.tokens.index("s") if early else 1
