@@ -1653,6 +1653,293 @@ def evaluate(model, cards, *args, by="data", **options):
     return summarise(play(model, cards, *args, **options), by)
 
 
+# ------------------------------------------------------------------------- inside the model: memory
+INSPECTED, DISTURBED = 500, 8       # steps of the episode at most; observations that are disturbed
+
+
+def _mlstm_gates(args, h, state):
+    """|C| / max(|n|, 1) is what a query can read; the true |C| alone grows with exp(m)."""
+    import torch
+    (i, f), (C, n, m) = args[3:5], state
+    size = C[0].flatten(1).norm(dim=-1) / torch.maximum(n[0].norm(dim=-1), torch.exp(-m[0]))
+    return torch.nn.functional.logsigmoid(f[0]).T[..., None], i[0].T[..., None], size
+
+
+def _slstm_gates(args, y, state):
+    """|c / n|, the cells as the output gate reads them; y_{t-1} enters the gates through R."""
+    import torch
+    gates, R, memory = args[:3]
+    before = torch.cat([memory[0][:1, None], y[:1, :-1]], dim=1)        # (1, T, H, dh)
+    i, f = gates[0, :, :2].transpose(0, 1) + torch.einsum("ghoi,bthi->gtho", R[:2], before)
+    return torch.nn.functional.logsigmoid(f), i, (state[1] / state[2])[0].norm(dim=-1)
+
+
+def _mamba_gates(args, y, h):
+    """|h|; exp(dt A) decays what is there, dt scales what is written."""
+    dt, A = args[1][0], args[2]                                         # (T, E), (E, 16)
+    return (dt[..., None] * A).flatten(1)[:, None], dt[:, None], h[0].norm().view(1)
+
+
+# class of a block: where it keeps its recurrence, what reads the calls, names for the picture
+GATES = {
+    "MLSTMBlock": ("cell", _mlstm_gates, "mLSTM", "i, log of the weight", "|C| / max(|n|, 1)"),
+    "SLSTMBlock": ("cell", _slstm_gates, "sLSTM", "i, log of the weight", "|c / n|"),
+    "MambaBlock": ("scan", _mamba_gates, "Mamba", "step size dt", "|h|"),
+}
+
+
+@contextlib.contextmanager
+def record_gates(model):
+    """Within, the calls of every recurrence are recorded (row 0 of the batch): {layer: [call]}.
+
+    A call is {"forget", "write": (3, T, G) 10, 50 and 90 % quantiles of a group's units, the former
+    as a factor; "log_forget": (G, units) its log summed over T; "size": (G,) of the state
+    after it}, G groups: the heads, or Mamba's one. Attention has no gates, its layers are left out.
+    """
+    import torch
+    calls, originals = {}, []
+
+    def spy(run, read, found):
+        def call(*args):
+            out, state = run(*args)
+            log_f, write, size = read(args, out, state)                 # (T, G, units) twice, (G,)
+            some = lambda x: x.quantile(torch.tensor([0.1, 0.5, 0.9]).to(x), dim=-1)
+            found.append({"forget": some(log_f.exp()), "write": some(write), "size": size,
+                          "log_forget": log_f.double().sum(0)})
+            return out, state
+        return call
+    for layer, block in enumerate(model.backbone.blocks):
+        if type(block).__name__ in GATES:
+            name, read, *_ = GATES[type(block).__name__]
+            originals.append((block, name, getattr(block, name)))
+            setattr(block, name, spy(originals[-1][2], read, calls.setdefault(layer, [])))
+    try:
+        yield calls
+    finally:
+        for block, name, run in originals:
+            setattr(block, name, run)
+
+
+def disturb(agent, episode, starts):
+    """How far one disturbed observation moves the actions: total variation (len(starts), T).
+
+    The agent sees the episode's inputs again, whatever it would do; row k sees them with one
+    observation, that of step starts[k], one standard deviation off in every coordinate (fixed
+    signs). Compared are the action distributions with those of the undisturbed row, in [0, 1],
+    averaged over action dimensions; the recorder above sees the undisturbed one.
+    """
+    from lram import action_rows
+    states, rows, card = episode.states, len(starts) + 1, agent.card
+    spread = np.asarray(card["state_std"]) if "state_std" in card else states.std(0)
+    shift = spread * np.random.default_rng(0).choice([-1, 1], spread.shape)
+    agent.begin(rows)
+    moved = []
+    for t in range(len(states)):
+        obs = np.repeat(states[t][None], rows, axis=0)
+        for row in np.flatnonzero(np.asarray(starts) == t) + 1:
+            off = states[t] + shift
+            obs[row] = np.clip(np.rint(off), 0, 255) if obs.dtype == np.uint8 else off
+        agent.act(obs, np.full(rows, episode.rewards[t - 1] if t else 0.0), np.full(rows, t == 0))
+        agent.last_action = np.repeat(action_rows(episode.actions[t][None]), rows, axis=0)
+        logits = agent.logits.double()
+        p = (logits if agent.action_dims else logits[:, None, :card["action"]["n"]]).softmax(-1)
+        moved.append((p[1:] - p[:1]).abs().sum(-1).mean(-1).cpu().numpy() / 2)
+    return np.stack(moved, axis=1)
+
+
+def inspect(model, card, seed=EVALUATION_SEED, **agent_options):
+    """What the state of a model holds while it acts for one episode; see draw_inspection.
+
+    Returns {"episode", "context", "starts", "moved" (starts, steps after), "gone": steps until that
+    stays below 1 % of its first value on average, None if it never does; "layers": {layer:
+    {"kind", "forget" and "write" (3, steps, tokens, G), "size" (steps, G), "half_life" (G, units)
+    in environment steps}}}, no layers where no state is carried.
+    """
+    import torch
+    from lram import Agent
+    limit = min(card.get("limit") or INSPECTED, INSPECTED)
+    agent = Agent(model, card, seed=seed, **agent_options)
+    make = partial(make_env, card["task"], limit=limit)
+    (episode,) = rollout(make, partial(agent_policy, agent=agent), [seed], num_envs=1)
+    steps = len(episode.rewards)
+    starts = np.unique(np.linspace(steps // 10, steps // 2, DISTURBED).astype(int))
+    with record_gates(model) if agent.context == "carry" else contextlib.nullcontext({}) as calls:
+        moved = disturb(agent, episode, starts)
+    after = steps - starts[-1]
+    moved = np.stack([row[t:t + after] for row, t in zip(moved, starts)])
+    left = np.flatnonzero(moved.mean(0) > 0.01 * moved[:, 0].mean())
+    gone = 0 if not len(left) else int(left[-1]) + 1
+    layers = {}
+    for layer, found in calls.items():
+        join = lambda key, dim=0: torch.stack([call[key] for call in found], dim).cpu().numpy()
+        per_step = join("log_forget").mean(0)                           # (G, units), <= 0
+        with np.errstate(divide="ignore"):                              # never forgets: infinite
+            half_life = np.log(2) / np.abs(per_step)
+        layers[layer] = {"kind": type(model.backbone.blocks[layer]).__name__, "size": join("size"),
+                         "forget": join("forget", 1), "write": join("write", 1),
+                         "half_life": half_life}
+    return {"episode": episode, "context": agent.context, "starts": starts, "moved": moved,
+            "gone": gone if gone < after else None, "layers": layers}
+
+
+def format_inspection(found):
+    """The table of inspect() as text, and the same as a dict for JSON."""
+    steps, rows, lines = len(found["episode"].rewards), [], []
+    for layer, x in found["layers"].items():
+        _, _, kind, *_ = GATES[x["kind"]]
+        heads = x["half_life"].shape[0] > 1
+        # a number for each head, or 10, 50 and 90 % of Mamba's channels
+        half = np.median(x["half_life"], 1) if heads else np.quantile(x["half_life"], (.1, .5, .9))
+        rows.append({"layer": layer, "block": kind, "of": "heads" if heads else "10, 50, 90 %",
+                     "half_life_steps": [float(h) if np.isfinite(h) else None for h in half],
+                     "longer_than_episode": float((x["half_life"] > steps).mean()),
+                     "size": x["size"][-1].tolist()})
+        said = "  ".join("infinite" if np.isinf(h) else f"{h:8.3g}" for h in half)
+        lines.append(f"{layer:>5}  {kind:<6}{said:<42}{rows[-1]['longer_than_episode']:>12.0%}   "
+                     + "  ".join(f"{v:7.3g}" for v in rows[-1]["size"]))
+    of = rows[0]["of"] if rows else ""
+    head = [f"{'layer':>5}  {'block':<6}{f'half-life in steps ({of})':<42}{'> episode':>12}   "
+            "size of the state at the end"] if rows else []
+    gone = "still there" if found["gone"] is None else f"below 1 % after {found['gone']} steps"
+    first, after = found["moved"][:, 0].mean(), found["moved"].shape[1]
+    lines.append(f"one disturbed observation moves the action by {first:.2g} (total variation) at "
+                 f"once; of that, within the {after} steps that were followed: {gone}")
+    return "\n".join(head + lines), {
+        "steps": steps, "return": float(found["episode"].rewards.sum()), "layers": rows,
+        "context": found["context"], "disturbed_at": found["starts"].tolist(),
+        "moved": found["moved"].mean(0).tolist(), "gone_after_steps": found["gone"]}
+
+
+def draw_inspection(found, model, task, output):
+    """One picture of inspect(): gates and state over the episode for up to four layers, below them
+    one step's tokens, the half-lives of all layers, and the fate of a disturbance.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    layers, steps = found["layers"], len(found["episode"].rewards)
+    shown = sorted({list(layers)[int(k)] for k in np.linspace(0, len(layers) - 1, 4)}) \
+        if layers else []
+    heads = max([x["size"].shape[1] for x in layers.values()], default=0)
+    figure = plt.figure(figsize=(15 if shown else 9, 4.6 + 1.75 * len(shown)), layout="constrained")
+    grid = figure.add_gridspec(len(shown) + 1, 6, height_ratios=[1] * len(shown) + [2.1])
+    titled = {layers[layer]["kind"]: layer for layer in reversed(shown)}.values()
+    for row, layer in enumerate(shown):
+        _draw_layer([figure.add_subplot(grid[row, k:k + 2]) for k in (0, 2, 4)], layers[layer],
+                    f"layer {layer}", layer in titled, row == len(shown) - 1)
+    if layers:
+        _draw_tokens(figure.add_subplot(grid[-1, :2]), layers[shown[-1]], shown[-1], model.config)
+        _draw_half_lives(figure.add_subplot(grid[-1, 2:4]), layers, steps)
+    _draw_disturbance(figure.add_subplot(grid[-1, 4:] if layers else grid[-1, :]), found, model)
+    figure.suptitle(f"{model.config.backbone} {model.config.size} on {task}: what the state holds "
+                    f"over {steps} steps (return {found['episode'].rewards.sum():.1f})\n"
+                    + ("lines: mean of a step's tokens, median of the units; bands: lowest to highest "
+                       "token, 80 % of the units" if layers else
+                       f"no state is carried (context: {found['context']}), so there are no gates"),
+                    fontsize=13)
+    if heads > 1:
+        marks = [plt.Line2D([], [], color=f"C{g}", lw=3) for g in range(heads)]
+        figure.legend(marks, [f"head {g}" for g in range(heads)], loc="upper right", ncol=2)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def _draw_layer(axes, x, name, new, last):
+    """Forget gate, input gate and size of the state of one layer, over environment steps.
+
+    new: the first of its kind, which gets titles.
+    """
+    *_, kind, write, size = GATES[x["kind"]]
+    for axis, key in zip(axes, ("forget", "write")):
+        low, mid, high = x[key].transpose(0, 3, 1, 2)                   # (G, steps, tokens) each
+        for g in range(len(mid)):
+            axis.plot(mid[g].mean(-1), color=f"C{g}", lw=1.3, label=f"head {g}")
+            # from the lowest token of a step to the highest, over the middle 80 % of the units
+            axis.fill_between(np.arange(len(mid[g])), low[g].min(-1), high[g].max(-1),
+                              color=f"C{g}", alpha=0.15, lw=0)
+    _gate_scale(axes[0], x["forget"])
+    for g, values in enumerate(x["size"].T):
+        axes[2].plot(values, color=f"C{g}", lw=1.3, label=f"head {g}")
+    axes[0].set_ylabel(f"{name}\n{kind}", fontsize=11)
+    for axis, title in zip(axes, ("forget gate: share kept per token", f"input gate: {write}",
+                                  f"size of the state: {size}")):
+        axis.set_title(title if new else "", fontsize=11)
+        axis.set_xlabel("environment step" if last else "")
+
+
+def _gate_scale(axis, forget):
+    """0.9, 0.99 and 0.999 as far apart as half-lives of 7, 69 and 693 tokens are."""
+    axis.set_yscale("function", functions=(lambda f: -np.log(np.clip(1 - f, 1e-7, 1)),
+                                           lambda y: 1 - np.exp(-y)))
+    low, high = min(1, 1.5 * (1 - forget.min())), max((1 - forget.max()) / 1.5, 1e-7)
+    # lost per token: 1, 0.1, 0.01, ... and, where few of them would be seen, the steps between
+    ticks = [f * 10.0 ** -k for k in range(7) for f in ((1,) if low > 50 * high else (1, 0.5, 0.2))]
+    axis.set_yticks([1 - t for t in ticks], [f"{1 - t:g}" for t in ticks])
+    axis.set_ylim(1 - low, 1 - high)
+
+
+def _draw_tokens(axis, x, layer, config, span=6):
+    """The input gate token by token, over a few steps in the middle of the episode."""
+    mid = x["write"][1]                                                 # (steps, tokens, G)
+    start, n = max(0, (len(mid) - span) // 2), mid.shape[1]
+    part = mid[start:start + span]
+    part = part.reshape(-1, part.shape[-1])
+    at = start + np.arange(len(part)) / n
+    for g, values in enumerate(part.T):
+        axis.plot(at, values, ".-", color=f"C{g}", ms=7)
+    for step in range(start, start + len(part) // n + 1):
+        axis.axvline(step - 0.5 / n, color="gray", lw=0.8, ls=":")
+    kinds = ["a"] * (n - len(config.tokens) + 1) if "a" in config.tokens else []
+    kinds += [{"rtg": "R"}.get(t, t) for t in config.tokens if t != "a"]
+    axis.set_xticks(at, kinds * (len(part) // n), fontsize=9)
+    axis.set_title(f"token by token, layer {layer}: {GATES[x['kind']][3]}", fontsize=11)
+    axis.set_xlabel(f"tokens of steps {start} to {start + len(part) // n - 1}: "
+                    "r reward, s observation, R return-to-go")
+
+
+def _draw_half_lives(axis, layers, steps):
+    """Every unit's half-life by layer and head, against the length of the episode."""
+    top = 100 * steps                                       # what is longer lies on the upper edge
+    for place, x in enumerate(layers.values()):
+        half = x["half_life"]
+        for g, values in enumerate(half):
+            at = place + (g - (len(half) - 1) / 2) * 0.18
+            axis.plot(np.full(len(values), at), np.clip(values, 0.02, top), "_", color=f"C{g}",
+                      ms=9, alpha=min(1, max(0.02, 8 / len(values))))
+            axis.plot(at, np.clip(np.median(values), 0.02, top), "o", color=f"C{g}", ms=7)
+    axis.set_yscale("log")
+    axis.set_ylim(None, 1.5 * max(axis.get_ylim()[1], steps))
+    axis.axhspan(steps, axis.get_ylim()[1], color="gray", alpha=0.15, lw=0)
+    axis.text(0.02, 0.97, "longer than the episode", transform=axis.transAxes, va="top", fontsize=9)
+    axis.set_xticks(range(len(layers)), [f"layer {k}" if len(layers) < 7 else k for k in layers])
+    axis.set_xlabel("" if len(layers) < 7 else "layer")
+    axis.set_ylabel("half-life [environment steps]")
+    axis.set_title("memory by the forget gates that were applied", fontsize=11)
+
+
+def _draw_disturbance(axis, found, model):
+    """Total variation of the action's distribution over the steps since one observation was off."""
+    moved = np.maximum(found["moved"], 1e-6)         # below are rounding errors
+    axis.plot(moved.T, color="C0", alpha=0.25, lw=0.8)
+    axis.plot(np.maximum(found["moved"].mean(0), 1e-6), color="C0", lw=2.2,
+              label=f"mean of {len(moved)} disturbances")
+    axis.axhline(0.01 * max(found["moved"][:, 0].mean(), 1e-5), color="k", ls="--", lw=1,
+                 label="1 % of the first")
+    if found["gone"] is None:
+        axis.plot([], [], " ", label="still there at the end")
+    else:
+        axis.axvline(found["gone"], color="C3", lw=1.2, label=f"gone after {found['gone']} steps")
+    if found["context"] != "carry":
+        axis.axvline(model.config.context, color="gray", ls=":", lw=1.5,
+                     label=f"end of the context, {model.config.context} steps")
+    axis.set_yscale("log")
+    axis.set_xlabel("environment steps since the disturbed observation")
+    axis.set_ylabel("total variation of the action")
+    axis.set_title("how long one disturbed observation matters", fontsize=11)
+    axis.legend(fontsize=9, loc="best")
+
+
 # ----------------------------------------------------------------------------------------- program
 class _FrameGrabber(gym.Wrapper):
     """Keeps every second picture of an episode."""
@@ -1807,6 +2094,18 @@ def show_world(args):
     return record_video(make_policy, task, args.video, args.seed, limit)
 
 
+def show_inside(args, model, cards, options):
+    """--inspect: a picture, and what it shows as text (JSON with --output)."""
+    task, card = next(iter(cards.items()))
+    found = inspect(model, {**card, "task": task}, args.seed, **options)
+    text, summary = format_inspection(found)
+    draw_inspection(found, model, task, args.inspect)
+    print(text + f"\nwrote {args.inspect}")
+    if args.output:
+        args.output.write_text(json.dumps({"task": task, "backbone": model.config.backbone,
+                                           **summary}, indent=1))
+
+
 @dataclass
 class Args:
     """Score a checkpoint in its environments."""
@@ -1847,6 +2146,8 @@ class Args:
     """Write the scores as JSON here (with --compare: the picture)."""
     video: Path | None = None
     """Record one episode of the first task as an animated GIF and stop."""
+    inspect: Path | None = None
+    """Draw what the state holds over one episode of the first task (.png) and stop."""
     policy: Literal["agent", "expert", "random"] = "agent"
     """Whose episode --video shows; expert and random need no checkpoint."""
     compare: tuple[Path, ...] = ()
@@ -1999,6 +2300,8 @@ def main(args):
     options = dict(
         context=args.context, temperature=args.temperature, target_return=args.target_return
     )
+    if args.inspect:
+        return show_inside(args, model, cards, options)
     if args.export and args.weights != "float32":
         raise SystemExit("--export writes float32 weights; leave out --weights")
     if args.export:
