@@ -3,6 +3,8 @@ checkpoint.
 
     python eval.py --checkpoint runs/mlstm/checkpoint.pt     # needs nothing but the checkpoint
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --video reach.gif
+    python eval.py --checkpoint ... --tasks metaworld/reach-v3 --inspect state.png   # its memory
+    python eval.py --checkpoint ... --embed clusters.png     # its tasks, as hidden states (LRAM, 4.4)
     python eval.py --checkpoint ... --fast                   # acts through the compiled policy
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --export reach.pt2   # for a robot
     python eval.py --compare runs/*/scores.json --output scores.png
@@ -1831,8 +1833,8 @@ def draw_inspection(found, model, task, output):
         _draw_tokens(figure.add_subplot(grid[-1, :2]), layers[shown[-1]], shown[-1], model.config)
         _draw_half_lives(figure.add_subplot(grid[-1, 2:4]), layers, steps)
     _draw_disturbance(figure.add_subplot(grid[-1, 4:] if layers else grid[-1, :]), found, model)
-    figure.suptitle(f"{model.config.backbone} {model.config.size} on {task}: what the state holds "
-                    f"over {steps} steps (return {found['episode'].rewards.sum():.1f})\n"
+    figure.suptitle(f"{model.config.backbone} {model.config.size} on {task}: what is remembered in "
+                    f"{steps} steps (return {found['episode'].rewards.sum():.1f})\n"
                     + ("lines: mean of a step's tokens, median of the units; bands: lowest to highest "
                        "token, 80 % of the units" if layers else
                        f"no state is carried (context: {found['context']}), so there are no gates"),
@@ -1938,6 +1940,160 @@ def _draw_disturbance(axis, found, model):
     axis.set_ylabel("total variation of the action")
     axis.set_title("how long one disturbed observation matters", fontsize=11)
     axis.legend(fontsize=9, loc="best")
+
+
+# ----------------------------------------------------------------- inside the model: the embeddings
+def embeddings(model, cards, root, windows=32, seed=0, raw=False):
+    """Windows of each task's training data as the model represents them, as in LRAM's figure 5.
+
+    Hidden states after the backbone's final norm, averaged over the tokens of a window of C steps
+    (training's; the same for every task). `windows` per task, drawn as for training, on which
+    `seed` alone decides. Held-out tasks have no data and are left out. raw: what is averaged is the
+    input instead, observation (204 numbers and an image, zeros where a task has none), reward and
+    return-to-go as the model reads them: the baseline, as domains differ in their inputs already.
+    Returns (points (N, D) float32, task of each (N,)).
+    """
+    import torch
+    from data import Mixture
+    from train import to_tensors
+    device, config, points, tasks = next(model.parameters()).device, model.config, [], []
+    for task, card in cards.items():
+        if card.get("heldout"):
+            continue
+        mixture = Mixture(root, [task], standardise=config.standardise)
+        mixture.cards[task] = mixture.reading[task] = card      # the statistics of its training
+        batch = mixture.sample(mixture.domains[0], windows, config.context, seed, step=0)
+        valid = batch["mask"].reshape(windows, config.context, -1)[:, :, :1]        # (B, C, 1)
+        if raw:
+            obs = batch["obs"] / (255 if batch["obs"].dtype == np.uint8 else 1)
+            x = np.zeros((windows, config.context, STATE_WIDTH + 64 * 64 + 2), np.float32)
+            first = STATE_WIDTH if obs.ndim == 5 else 0
+            flat = obs.reshape(windows, config.context, -1)
+            x[:, :, first:first + flat.shape[-1]] = flat
+            x[:, :, -2:] = np.stack([batch["reward"], batch["rtg"]], axis=-1)
+        else:
+            inputs, *_ = to_tensors(batch, config, device)
+            inputs.pop("action_dims")
+            with torch.no_grad():
+                tokens = model.tokens(**inputs)                                 # (B, C, n, D)
+                y, _ = model.backbone(tokens.flatten(1, 2), final_state=False)
+            x = y.view(tokens.shape).float().mean(2).cpu().numpy()              # (B, C, D)
+        points.append((x * valid).sum(1) / valid.sum(1))
+        tasks += [task] * windows
+    if not points:
+        raise SystemExit("none of these tasks was trained on: there are no data to embed")
+    return np.concatenate(points), np.array(tasks)
+
+
+def separation(points, tasks):
+    """How well points (N, D) of tasks (N,) separate by domain and by task, in all D dimensions.
+
+    Silhouette of a point: (b - a) / max(a, b), a its mean distance to the others of its cluster, b
+    to the nearest other cluster; 1: compact and far apart, 0: overlapping. "domains" is the mean
+    with "interval", a 95 % bootstrap over tasks; "tasks" the same with tasks as clusters.
+    "neighbours": share of points whose nearest neighbour among all *other* tasks is of the same
+    domain, over domains of at least two tasks (None without one); "chance": by a neighbour at
+    random. What needs two clusters is None where there is one.
+    """
+    points = np.asarray(points, np.float64)
+    points = points - points.mean(0)
+    names, task = np.unique(tasks, return_inverse=True)
+    domains, of_task = np.unique([domain_of(str(name)) for name in names], return_inverse=True)
+    domain, square = of_task[task], (points ** 2).sum(1)
+    sums, nearest = np.empty((len(points), len(names))), np.empty(len(points), int)
+    for k in range(len(names)):                 # the rows of one task: N x N may not fit in memory
+        mine = task == k
+        distance = np.maximum(square[mine, None] + square - 2 * points[mine] @ points.T, 0) ** 0.5
+        distance[:, mine] = np.where(np.eye(mine.sum(), dtype=bool), 0, distance[:, mine])
+        sums[mine] = distance @ np.eye(len(names))[task]        # to all points of each task
+        distance[:, mine] = np.inf
+        nearest[mine] = domain[distance.argmin(1)]
+    by_domain = silhouette(sums @ np.eye(len(domains))[of_task], domain)
+    found = {"domains": None, "interval": None, "tasks": None, "neighbours": None, "chance": None}
+    if len(domains) > 1:
+        means = np.array([by_domain[task == k].mean() for k in range(len(names))])
+        found["domains"] = float(by_domain.mean())
+        found["interval"] = bootstrap_interval([means], lambda groups: groups[0].mean(-1))
+    if len(names) > 1:
+        found["tasks"] = float(silhouette(sums, task).mean())
+    others = np.bincount(domain)[domain] - np.bincount(task)[task]      # of the domain's other tasks
+    if others.any():
+        chance = others / (len(points) - np.bincount(task)[task])
+        found["neighbours"] = float((nearest == domain)[others > 0].mean())
+        found["chance"] = float(chance[others > 0].mean())
+    return found
+
+
+def silhouette(sums, cluster):
+    """Of each point, from its summed distances to every cluster, (N, clusters), and its own (N,).
+
+    A point that is alone in its cluster has 0 (Rousseeuw, 1987).
+    """
+    size, at = np.bincount(cluster), (np.arange(len(cluster)), cluster)
+    own = sums[at] / np.maximum(size[cluster] - 1, 1)
+    other = sums / size
+    other[at] = np.inf
+    other = other.min(1)
+    s = (other - own) / np.maximum(np.maximum(own, other), 1e-300)
+    return np.where(size[cluster] > 1, s, 0.0)
+
+
+def project(points, seed=0):
+    """(N, D) -> (N, 2) and how: UMAP where it is installed (pip install umap-learn), else PCA."""
+    try:
+        import umap
+    except ImportError:
+        centred = points - points.mean(0)
+        u, s, _ = np.linalg.svd(centred, full_matrices=False)
+        share = (s[:2] ** 2).sum() / (s ** 2).sum()
+        return u[:, :2] * s[:2], f"PCA, {share:.0%} of the variance"
+    return umap.UMAP(random_state=seed).fit_transform(points), f"UMAP, random_state {seed}"
+
+
+def draw_embeddings(panels, path):
+    """One panel for each of panels, {name: (points, tasks, scores)}; scores: {row: separation()}.
+
+    Coloured by domain, a marker for each task within it. The numbers below are of the full space.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = list(dict.fromkeys(str(t) for _, tasks, _ in panels.values() for t in tasks))
+    domains = list(dict.fromkeys(map(domain_of, names)))
+    colours = {d: plt.get_cmap("tab10")(k % 10) for k, d in enumerate(domains)}
+    within = {t: [u for u in names if domain_of(u) == domain_of(t)].index(t) for t in names}
+    style = {t: dict(color=colours[domain_of(t)], marker="osD^vP*X<>phd8"[within[t] % 14])
+             for t in names}
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 3.2, 6.6),
+                                squeeze=False, layout="constrained")
+    for axis, (name, (points, tasks, scores)) in zip(axes[0], panels.items()):
+        flat, how = project(points)
+        for t in dict.fromkeys(map(str, tasks)):
+            axis.scatter(*flat[tasks == t].T, s=26, alpha=0.7, lw=0, **style[t])
+        axis.set_title(f"{name}: a point is a window ({how})", fontsize=12)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_xlabel(format_separation(scores), fontsize=8.5, family="monospace", loc="left")
+    key = names if len(names) <= 24 else domains
+    marks = [plt.Line2D([], [], ls="", ms=7, **style.get(k, dict(color=colours.get(k), marker="o")))
+             for k in key]
+    figure.legend(marks, key, loc="outside right upper", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def format_separation(scores):
+    """{row: separation()} as a table."""
+    show = lambda x: "-" if x is None else f"{x:.2f}"
+    lines = [f"{'':<15}{'silhouette, domains':<23}{'neighbour in domain (chance)':<31}"
+             "silhouette, tasks"]
+    for name, s in scores.items():
+        low, high = map(show, s["interval"] or (None, None))
+        lines.append(f"{name:<15}{show(s['domains']) + f' ({low} to {high})':<23}"
+                     f"{show(s['neighbours']) + ' (' + show(s['chance']) + ')':<31}"
+                     f"{show(s['tasks'])}")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -2095,15 +2251,25 @@ def show_world(args):
 
 
 def show_inside(args, model, cards, options):
-    """--inspect: a picture, and what it shows as text (JSON with --output)."""
+    """--inspect or --embed: a picture, and its numbers on stdout (and as JSON with --output)."""
     task, card = next(iter(cards.items()))
-    found = inspect(model, {**card, "task": task}, args.seed, **options)
-    text, summary = format_inspection(found)
-    draw_inspection(found, model, task, args.inspect)
-    print(text + f"\nwrote {args.inspect}")
+    if args.inspect:
+        path, found = args.inspect, inspect(model, card, args.seed, **options)
+        text, summary = format_inspection(found)
+        summary = {"task": task, **summary}
+        draw_inspection(found, model, task, path)
+    else:
+        path, (points, tasks) = args.embed, embeddings(model, cards, args.data_root)
+        summary = {"hidden states": separation(points, tasks), "raw input": separation(
+            embeddings(model, cards, args.data_root, raw=True)[0], tasks)}
+        name = f"{model.config.backbone} {model.config.size}"
+        draw_embeddings({name: (points, tasks, summary)}, path)
+        text = (f"{len(points)} windows of {len(set(tasks))} tasks, all dimensions; interval: 95 %, "
+                "tasks redrawn; neighbour: the nearest window of another task\n"
+                + format_separation(summary))
+    print(f"{text}\nwrote {path}")
     if args.output:
-        args.output.write_text(json.dumps({"task": task, "backbone": model.config.backbone,
-                                           **summary}, indent=1))
+        args.output.write_text(json.dumps({"backbone": model.config.backbone, **summary}, indent=1))
 
 
 @dataclass
@@ -2148,6 +2314,10 @@ class Args:
     """Record one episode of the first task as an animated GIF and stop."""
     inspect: Path | None = None
     """Draw what the state holds over one episode of the first task (.png) and stop."""
+    embed: Path | None = None
+    """Draw how the model groups windows of its tasks' training data (.png) and stop."""
+    data_root: Path = Path("datasets")
+    """Where the data live, for --embed."""
     policy: Literal["agent", "expert", "random"] = "agent"
     """Whose episode --video shows; expert and random need no checkpoint."""
     compare: tuple[Path, ...] = ()
@@ -2300,7 +2470,7 @@ def main(args):
     options = dict(
         context=args.context, temperature=args.temperature, target_return=args.target_return
     )
-    if args.inspect:
+    if args.inspect or args.embed:
         return show_inside(args, model, cards, options)
     if args.export and args.weights != "float32":
         raise SystemExit("--export writes float32 weights; leave out --weights")

@@ -2266,6 +2266,136 @@ def test_comparison_of_runs(tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("old.png", "new.png"))
 
 
+# --------------------------------------------------------------------------------- inside the model
+@pytest.mark.parametrize("backbone", RECURRENT)
+def test_half_lives_of_gates_set_by_hand(backbone, tmp_path):
+    """ln 2 / -log(what a token keeps), 3 tokens a step, and the recurrence is left as it was."""
+    model = small_model(backbone)
+    with torch.no_grad():
+        for block in model.backbone.blocks:
+            if isinstance(block, mlstm.MLSTMBlock):
+                block.gates.weight.zero_()
+                block.gates.bias[4:] = torch.tensor([0.0, 2.0, 40.0, 200.0])
+            elif isinstance(block, slstm.SLSTMBlock):
+                block.R.zero_(), block.W.zero_()
+                block.bias[1] = torch.arange(4.0)[:, None]
+            else:
+                block.dt.weight.zero_(), block.dt.bias.fill_(-2.0)
+    cells = [block.__dict__.get("cell") for block in model.backbone.blocks]
+    found = worlds.inspect(model, dark_card(limit=12))
+    assert cells == [block.__dict__.get("cell") for block in model.backbone.blocks]
+    for layer, x in found["layers"].items():
+        half = x["half_life"]
+        if x["kind"] == "MambaBlock":
+            A = torch.exp(model.backbone.blocks[layer].A_log.detach().double())
+            truth = math.log(2) / (math.log1p(math.exp(-2)) * A.flatten()[None]) / 3
+        elif x["kind"] == "MLSTMBlock":
+            truth = [[1 / 3], [math.log(2) / math.log1p(math.exp(-2)) / 3],
+                     [math.log(2) * math.exp(40) / 3], [math.inf]]
+            assert np.isinf(half[3]).all() and np.allclose(x["forget"][1, :, :, 0], 0.5)
+            half, truth = half[:3], truth[:3]
+        else:
+            truth = [[math.log(2) / math.log1p(math.exp(-g)) / 3] * 8 for g in range(4)]
+        assert np.allclose(half, truth, rtol=1e-5)
+    worlds.draw_inspection(found, model, "darkroom/train", tmp_path / "new" / "a.png")
+    text, summary = worlds.format_inspection(found)
+    json.dumps(summary, allow_nan=False)
+    assert "infinite" in text or backbone not in ("mlstm", "xlstm")
+
+
+def test_recorded_gates_of_slstm_are_those_applied():
+    """One unit a head, so that quantiles are values: n_t = sigmoid(f) n_{t-1} + exp(i), no m."""
+    model = small_model("slstm", heads=32, layers=1).double()
+    with worlds.record_gates(model) as calls, torch.no_grad():
+        _, state = model.backbone(torch.randn(1, 5, 32).double())
+        _, ((_, _, n, m, _),) = model.backbone(torch.randn(1, 7, 32).double(), state)
+    truth = torch.zeros(32).double()
+    for call in calls[0]:
+        for forget, write in zip(call["forget"][1], call["write"][1]):
+            truth = forget * truth + torch.exp(write)
+    assert len(calls[0]) == 2 and relative((n * torch.exp(m))[0, :, 0], truth) < 1e-12
+
+
+@pytest.mark.parametrize("backbone", ("mlstm", "mamba", "gpt"))
+def test_a_disturbed_observation_acts_from_its_step_on(backbone):
+    """Never before, at that step at once; gpt forgets it with its context, the others do not."""
+    agent = lram.Agent(small_model(backbone, context=6), dark_card())
+    episode = worlds.Episode(0, np.random.RandomState(0).randint(0, 9, (20, 2)).astype(np.float32),
+                             np.arange(20) % 5, np.ones(20, np.float32), None, False, False)
+    moved = worlds.disturb(agent, episode, [2, 9])
+    for row, t0 in zip(moved, (2, 9)):
+        assert row[:t0].max() < 1e-6 < 1e-4 < row[t0] <= 1
+        assert (row[t0 + 6:].max() < 1e-6) == (backbone == "gpt")
+    if backbone == "mlstm":                 # one layer, all forgotten at every token: gone at once
+        agent = lram.Agent(small_model(backbone, layers=1), dark_card())
+        with torch.no_grad():
+            agent.model.backbone.blocks[0].gates.weight.zero_()
+            agent.model.backbone.blocks[0].gates.bias[4:] = -1e4
+        moved = worlds.disturb(agent, episode, [2])[0]
+        assert moved[2] > 1e-4 and moved[3:].max() < 1e-6
+
+
+def test_separation_of_points(monkeypatch):
+    """Against loops over all pairs; tasks of one domain have no neighbour in it to find."""
+    rng = np.random.default_rng(0)
+    tasks = np.repeat(["a/1", "a/2", "b/1", "b/2", "c/1"], 6)
+    domains = np.array([t[0] for t in tasks])
+    points = rng.normal(size=(30, 7)) + 2 * rng.normal(size=(5, 7)).repeat(6, 0)
+    far = np.linalg.norm(points[:, None] - points, axis=-1)
+
+    def silhouette(labels):
+        values = []
+        for k, mine in enumerate(labels):
+            a = far[k][(labels == mine) & (np.arange(30) != k)].mean()
+            b = min(far[k][labels == other].mean() for other in set(labels) - {mine})
+            values.append((b - a) / max(a, b))
+        return np.mean(values)
+    found = worlds.separation(points, tasks)
+    assert np.isclose(found["domains"], silhouette(domains))
+    assert np.isclose(found["tasks"], silhouette(tasks))
+    assert found["interval"][0] < found["domains"] < found["interval"][1]
+    hits = [domains[np.where(tasks == tasks[k], np.inf, far[k]).argmin()] == domains[k]
+            for k in range(24)]                                 # c has one task
+    assert np.isclose(found["neighbours"], np.mean(hits)) and np.isclose(found["chance"], 6 / 24)
+    alone = worlds.separation(points[:6], tasks[:6])
+    assert set(alone.values()) == {None}
+    flat = points[:, :2] @ rng.normal(size=(2, 7))              # PCA keeps a plane's distances
+    drawn, how = worlds.project(flat)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    drawn, how = worlds.project(flat)
+    assert how == "PCA, 100% of the variance" and np.allclose(
+        np.linalg.norm(drawn[:, None] - drawn, axis=-1),
+        np.linalg.norm(flat[:, None] - flat, axis=-1))
+
+
+def test_embeddings_are_means_over_the_steps_of_a_window(tmp_path, capsys):
+    """Whole episodes of 100 steps in windows of 120, against each alone; the checkpoint's card."""
+    data.make(["darkroom/train"], tmp_path, episodes=5, processes=1)
+    card = data.load_card(tmp_path / "darkroom/train") | {"state_mean": [1.0, 2.0]}
+    model = small_model("mlstm", context=120, standardise=True)
+    cards = {"darkroom/train": card, "darkroom/heldout": card | {"heldout": True}}
+    points, tasks = worlds.embeddings(model, cards, tmp_path, windows=3)
+    assert points.shape == (3, 32) and set(tasks) == {"darkroom/train"}
+    mixture = data.Mixture(tmp_path, ["darkroom/train"])
+    raw = mixture.sample("darkroom", 3, 100, 0, 0)
+    obs = (raw["obs"] - np.array([1.0, 2.0])) / np.array(card["state_std"])
+    seen = []
+    model.backbone.norm.register_forward_hook(lambda *args: seen.append(args[-1].mean(1)[0]))
+    for row in zip(obs, raw["reward"], raw["rtg"]):
+        model(*(torch.tensor(x, dtype=torch.float32)[None] for x in row), 0)
+    assert relative(points, torch.stack(seen).detach()) < 1e-4
+    inputs, _ = worlds.embeddings(model, cards, tmp_path, windows=3, raw=True)
+    assert np.allclose(inputs[:, :2], obs.mean(1), atol=1e-5) and not inputs[:, 2:-2].any()
+    lram.save_checkpoint(tmp_path / "c.pt", {"model": model.state_dict(), "cards": cards,
+                                             "model_config": asdict(model.config)})
+    args = worlds.Args(checkpoint=tmp_path / "c.pt", data_root=tmp_path, output=tmp_path / "o.json")
+    worlds.main(replace(args, embed=tmp_path / "e.png"))
+    assert json.loads((tmp_path / "o.json").read_text())["raw input"]["domains"] is None
+    worlds.main(replace(args, inspect=tmp_path / "i.png"))
+    assert len(json.loads((tmp_path / "o.json").read_text())["layers"]) == 2
+    assert min((tmp_path / name).stat().st_size for name in ("e.png", "i.png")) > 10_000
+
+
 # ------------------------------------------------------------------------------------ trajectories
 def write_task(root, lengths, task="darkroom/train", seed=0, **card):
     """A synthetic task on disk: states count the steps, so that a window says where it was cut."""
