@@ -4,7 +4,7 @@ checkpoint.
     python eval.py --checkpoint runs/mlstm/checkpoint.pt     # needs nothing but the checkpoint
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --video reach.gif
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --inspect state.png   # its memory
-    python eval.py --checkpoint ... --embed clusters.png     # its tasks, as hidden states (LRAM, 4.4)
+    python eval.py --checkpoint ... --embed clusters.png     # its tasks, by their hidden states
     python eval.py --checkpoint ... --fast                   # acts through the compiled policy
     python eval.py --checkpoint ... --tasks metaworld/reach-v3 --export reach.pt2   # for a robot
     python eval.py --compare runs/*/scores.json --output scores.png
@@ -1799,9 +1799,8 @@ def format_inspection(found):
         said = "  ".join("infinite" if np.isinf(h) else f"{h:8.3g}" for h in half)
         lines.append(f"{layer:>5}  {kind:<6}{said:<42}{rows[-1]['longer_than_episode']:>12.0%}   "
                      + "  ".join(f"{v:7.3g}" for v in rows[-1]["size"]))
-    of = rows[0]["of"] if rows else ""
-    head = [f"{'layer':>5}  {'block':<6}{f'half-life in steps ({of})':<42}{'> episode':>12}   "
-            "size of the state at the end"] if rows else []
+    head = [f"{'layer':>5}  {'block':<6}{'half-life in steps (' + rows[0]['of'] + ')':<42}"
+            f"{'> episode':>12}   size of the state at the end"] if rows else []
     gone = "still there" if found["gone"] is None else f"below 1 % after {found['gone']} steps"
     first, after = found["moved"][:, 0].mean(), found["moved"].shape[1]
     lines.append(f"one disturbed observation moves the action by {first:.2g} (total variation) at "
@@ -1835,9 +1834,9 @@ def draw_inspection(found, model, task, output):
     _draw_disturbance(figure.add_subplot(grid[-1, 4:] if layers else grid[-1, :]), found, model)
     figure.suptitle(f"{model.config.backbone} {model.config.size} on {task}: what is remembered in "
                     f"{steps} steps (return {found['episode'].rewards.sum():.1f})\n"
-                    + ("lines: mean of a step's tokens, median of the units; bands: lowest to highest "
-                       "token, 80 % of the units" if layers else
-                       f"no state is carried (context: {found['context']}), so there are no gates"),
+                    + ("lines: mean of a step's tokens, median of the units; bands: lowest to "
+                       "highest token, 80 % of the units" if layers else
+                       f"no state runs through the episode (context: {found['context']}): no gates"),
                     fontsize=13)
     if heads > 1:
         marks = [plt.Line2D([], [], color=f"C{g}", lw=3) for g in range(heads)]
@@ -1853,32 +1852,22 @@ def _draw_layer(axes, x, name, new, last):
     new: the first of its kind, which gets titles.
     """
     *_, kind, write, size = GATES[x["kind"]]
-    for axis, key in zip(axes, ("forget", "write")):
-        low, mid, high = x[key].transpose(0, 3, 1, 2)                   # (G, steps, tokens) each
+    lost = np.maximum(1 - x["forget"], 1e-7)        # on a log axis 0.99 is far from 0.999
+    for axis, values in zip(axes, (lost, x["write"])):
+        low, mid, high = values.transpose(0, 3, 1, 2)                   # (G, steps, tokens) each
         for g in range(len(mid)):
-            axis.plot(mid[g].mean(-1), color=f"C{g}", lw=1.3, label=f"head {g}")
+            axis.plot(mid[g].mean(-1), color=f"C{g}", lw=1.3)
             # from the lowest token of a step to the highest, over the middle 80 % of the units
-            axis.fill_between(np.arange(len(mid[g])), low[g].min(-1), high[g].max(-1),
-                              color=f"C{g}", alpha=0.15, lw=0)
-    _gate_scale(axes[0], x["forget"])
-    for g, values in enumerate(x["size"].T):
-        axes[2].plot(values, color=f"C{g}", lw=1.3, label=f"head {g}")
+            axis.fill_between(np.arange(len(mid[g])), np.minimum(low, high)[g].min(-1),
+                              np.maximum(low, high)[g].max(-1), color=f"C{g}", alpha=0.15, lw=0)
+    axes[0].set_yscale("log")
+    axes[0].invert_yaxis()                          # up: keeps more
+    axes[2].plot(x["size"], lw=1.3)
     axes[0].set_ylabel(f"{name}\n{kind}", fontsize=11)
-    for axis, title in zip(axes, ("forget gate: share kept per token", f"input gate: {write}",
+    for axis, title in zip(axes, ("forget gate: 1 - f, lost per token", f"input gate: {write}",
                                   f"size of the state: {size}")):
         axis.set_title(title if new else "", fontsize=11)
         axis.set_xlabel("environment step" if last else "")
-
-
-def _gate_scale(axis, forget):
-    """0.9, 0.99 and 0.999 as far apart as half-lives of 7, 69 and 693 tokens are."""
-    axis.set_yscale("function", functions=(lambda f: -np.log(np.clip(1 - f, 1e-7, 1)),
-                                           lambda y: 1 - np.exp(-y)))
-    low, high = min(1, 1.5 * (1 - forget.min())), max((1 - forget.max()) / 1.5, 1e-7)
-    # lost per token: 1, 0.1, 0.01, ... and, where few of them would be seen, the steps between
-    ticks = [f * 10.0 ** -k for k in range(7) for f in ((1,) if low > 50 * high else (1, 0.5, 0.2))]
-    axis.set_yticks([1 - t for t in ticks], [f"{1 - t:g}" for t in ticks])
-    axis.set_ylim(1 - low, 1 - high)
 
 
 def _draw_tokens(axis, x, layer, config, span=6):
@@ -1914,20 +1903,18 @@ def _draw_half_lives(axis, layers, steps):
     axis.set_ylim(None, 1.5 * max(axis.get_ylim()[1], steps))
     axis.axhspan(steps, axis.get_ylim()[1], color="gray", alpha=0.15, lw=0)
     axis.text(0.02, 0.97, "longer than the episode", transform=axis.transAxes, va="top", fontsize=9)
-    axis.set_xticks(range(len(layers)), [f"layer {k}" if len(layers) < 7 else k for k in layers])
-    axis.set_xlabel("" if len(layers) < 7 else "layer")
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_xlabel("layer")
     axis.set_ylabel("half-life [environment steps]")
     axis.set_title("memory by the forget gates that were applied", fontsize=11)
 
 
 def _draw_disturbance(axis, found, model):
     """Total variation of the action's distribution over the steps since one observation was off."""
-    moved = np.maximum(found["moved"], 1e-6)         # below are rounding errors
+    moved = np.maximum(found["moved"], 1e-6)                # below are rounding errors
     axis.plot(moved.T, color="C0", alpha=0.25, lw=0.8)
-    axis.plot(np.maximum(found["moved"].mean(0), 1e-6), color="C0", lw=2.2,
-              label=f"mean of {len(moved)} disturbances")
-    axis.axhline(0.01 * max(found["moved"][:, 0].mean(), 1e-5), color="k", ls="--", lw=1,
-                 label="1 % of the first")
+    axis.plot(moved.mean(0), color="C0", lw=2.2, label=f"mean of {len(moved)} disturbances")
+    axis.axhline(0.01 * moved[:, 0].mean(), color="k", ls="--", lw=1, label="1 % of the first")
     if found["gone"] is None:
         axis.plot([], [], " ", label="still there at the end")
     else:
@@ -1965,12 +1952,11 @@ def embeddings(model, cards, root, windows=32, seed=0, raw=False):
         batch = mixture.sample(mixture.domains[0], windows, config.context, seed, step=0)
         valid = batch["mask"].reshape(windows, config.context, -1)[:, :, :1]        # (B, C, 1)
         if raw:
-            obs = batch["obs"] / (255 if batch["obs"].dtype == np.uint8 else 1)
-            x = np.zeros((windows, config.context, STATE_WIDTH + 64 * 64 + 2), np.float32)
-            first = STATE_WIDTH if obs.ndim == 5 else 0
-            flat = obs.reshape(windows, config.context, -1)
-            x[:, :, first:first + flat.shape[-1]] = flat
-            x[:, :, -2:] = np.stack([batch["reward"], batch["rtg"]], axis=-1)
+            obs = batch["obs"] / np.float32(255 if batch["obs"].dtype == np.uint8 else 1)
+            image, obs = obs.ndim == 5, obs.reshape(windows, config.context, -1)
+            room = STATE_WIDTH + 64 * 64 - obs.shape[-1]
+            obs = np.pad(obs, ((0, 0), (0, 0), (room, 0) if image else (0, room)))
+            x = np.concatenate([obs, batch["reward"][..., None], batch["rtg"][..., None]], axis=-1)
         else:
             inputs, *_ = to_tensors(batch, config, device)
             inputs.pop("action_dims")
@@ -2008,17 +1994,18 @@ def separation(points, tasks):
         sums[mine] = distance @ np.eye(len(names))[task]        # to all points of each task
         distance[:, mine] = np.inf
         nearest[mine] = domain[distance.argmin(1)]
-    by_domain = silhouette(sums @ np.eye(len(domains))[of_task], domain)
     found = {"domains": None, "interval": None, "tasks": None, "neighbours": None, "chance": None}
     if len(domains) > 1:
+        by_domain = silhouette(sums @ np.eye(len(domains))[of_task], domain)
         means = np.array([by_domain[task == k].mean() for k in range(len(names))])
         found["domains"] = float(by_domain.mean())
         found["interval"] = bootstrap_interval([means], lambda groups: groups[0].mean(-1))
     if len(names) > 1:
         found["tasks"] = float(silhouette(sums, task).mean())
-    others = np.bincount(domain)[domain] - np.bincount(task)[task]      # of the domain's other tasks
+    own = np.bincount(task)[task]
+    others = np.bincount(domain)[domain] - own                  # points of its domain's other tasks
     if others.any():
-        chance = others / (len(points) - np.bincount(task)[task])
+        chance = others / np.maximum(len(points) - own, 1)
         found["neighbours"] = float((nearest == domain)[others > 0].mean())
         found["chance"] = float(chance[others > 0].mean())
     return found
@@ -2073,10 +2060,10 @@ def draw_embeddings(panels, path):
         axis.set_title(f"{name}: a point is a window ({how})", fontsize=12)
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_xlabel(format_separation(scores), fontsize=8.5, family="monospace", loc="left")
+        axis.set_xlabel(format_separation(scores), fontsize=8, family="monospace", loc="left")
     key = names if len(names) <= 24 else domains
-    marks = [plt.Line2D([], [], ls="", ms=7, **style.get(k, dict(color=colours.get(k), marker="o")))
-             for k in key]
+    style |= {d: dict(color=colours[d], marker="o") for d in domains if d not in style}
+    marks = [plt.Line2D([], [], ls="", ms=7, **style[k]) for k in key]
     figure.legend(marks, key, loc="outside right upper", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -2086,11 +2073,11 @@ def draw_embeddings(panels, path):
 def format_separation(scores):
     """{row: separation()} as a table."""
     show = lambda x: "-" if x is None else f"{x:.2f}"
-    lines = [f"{'':<15}{'silhouette, domains':<23}{'neighbour in domain (chance)':<31}"
+    lines = [f"{'':<11}{'silhouette, domains':<23}{'neighbour in domain (chance)':<31}"
              "silhouette, tasks"]
     for name, s in scores.items():
         low, high = map(show, s["interval"] or (None, None))
-        lines.append(f"{name:<15}{show(s['domains']) + f' ({low} to {high})':<23}"
+        lines.append(f"{name:<11}{show(s['domains']) + f' ({low} to {high})':<23}"
                      f"{show(s['neighbours']) + ' (' + show(s['chance']) + ')':<31}"
                      f"{show(s['tasks'])}")
     return "\n".join(lines)
@@ -2259,17 +2246,23 @@ def show_inside(args, model, cards, options):
         summary = {"task": task, **summary}
         draw_inspection(found, model, task, path)
     else:
-        path, (points, tasks) = args.embed, embeddings(model, cards, args.data_root)
-        summary = {"hidden states": separation(points, tasks), "raw input": separation(
-            embeddings(model, cards, args.data_root, raw=True)[0], tasks)}
+        import torch
+        from lram import LRAM
+        torch.manual_seed(0)                # what the inputs alone bring: two baselines
+        fresh = LRAM(model.config).to(next(model.parameters()).device).eval()
+        points, tasks = embeddings(model, cards, args.data_root)
+        rows = {"trained": points, "untrained": embeddings(fresh, cards, args.data_root)[0],
+                "raw input": embeddings(model, cards, args.data_root, raw=True)[0]}
+        path, summary = args.embed, {k: separation(x, tasks) for k, x in rows.items()}
         name = f"{model.config.backbone} {model.config.size}"
         draw_embeddings({name: (points, tasks, summary)}, path)
-        text = (f"{len(points)} windows of {len(set(tasks))} tasks, all dimensions; interval: 95 %, "
-                "tasks redrawn; neighbour: the nearest window of another task\n"
+        text = (f"{len(points)} windows of {len(set(tasks))} tasks, in all dimensions; interval: "
+                "95 %, tasks redrawn; neighbour: the nearest window of another task\n"
                 + format_separation(summary))
     print(f"{text}\nwrote {path}")
     if args.output:
-        args.output.write_text(json.dumps({"backbone": model.config.backbone, **summary}, indent=1))
+        summary = {"backbone": model.config.backbone, **summary}
+        args.output.write_text(json.dumps(summary, indent=1))
 
 
 @dataclass

@@ -2281,9 +2281,9 @@ def test_half_lives_of_gates_set_by_hand(backbone, tmp_path):
                 block.bias[1] = torch.arange(4.0)[:, None]
             else:
                 block.dt.weight.zero_(), block.dt.bias.fill_(-2.0)
-    cells = [block.__dict__.get("cell") for block in model.backbone.blocks]
-    found = worlds.inspect(model, dark_card(limit=12))
-    assert cells == [block.__dict__.get("cell") for block in model.backbone.blocks]
+    cells = lambda: [vars(b).get("cell", vars(b).get("scan")) for b in model.backbone.blocks]
+    before, found = cells(), worlds.inspect(model, dark_card(limit=12))
+    assert cells() == before and None not in before
     for layer, x in found["layers"].items():
         half = x["half_life"]
         if x["kind"] == "MambaBlock":
@@ -2360,7 +2360,6 @@ def test_separation_of_points(monkeypatch):
     alone = worlds.separation(points[:6], tasks[:6])
     assert set(alone.values()) == {None}
     flat = points[:, :2] @ rng.normal(size=(2, 7))              # PCA keeps a plane's distances
-    drawn, how = worlds.project(flat)
     monkeypatch.setitem(sys.modules, "umap", None)
     drawn, how = worlds.project(flat)
     assert how == "PCA, 100% of the variance" and np.allclose(
@@ -2368,8 +2367,9 @@ def test_separation_of_points(monkeypatch):
         np.linalg.norm(flat[:, None] - flat, axis=-1))
 
 
-def test_embeddings_are_means_over_the_steps_of_a_window(tmp_path, capsys):
+def test_embeddings_are_means_over_the_steps_of_a_window(tmp_path, monkeypatch):
     """Whole episodes of 100 steps in windows of 120, against each alone; the checkpoint's card."""
+    monkeypatch.setitem(sys.modules, "umap", None)
     data.make(["darkroom/train"], tmp_path, episodes=5, processes=1)
     card = data.load_card(tmp_path / "darkroom/train") | {"state_mean": [1.0, 2.0]}
     model = small_model("mlstm", context=120, standardise=True)
