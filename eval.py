@@ -1836,7 +1836,7 @@ def draw_inspection(found, model, task, output):
                     f"{steps} steps (return {found['episode'].rewards.sum():.1f})\n"
                     + ("lines: mean of a step's tokens, median of the units; bands: lowest to "
                        "highest token, 80 % of the units" if layers else
-                       f"no state runs through the episode (context: {found['context']}): no gates"),
+                       f"context {found['context']}: no state runs through the episode, no gates"),
                     fontsize=13)
     if heads > 1:
         marks = [plt.Line2D([], [], color=f"C{g}", lw=3) for g in range(heads)]
