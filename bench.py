@@ -53,10 +53,18 @@ import importlib
 import itertools
 import json
 import os
+import math
 import platform
+import re
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -66,6 +74,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import mamba
 import mlstm
@@ -98,6 +107,13 @@ class Args:
     """Windows per second of the data side beside what training takes."""
     trajectories: int = 0
     """Make a synthetic data set of so many files: seconds to index it, memory while it is read."""
+    claim: tuple[str, ...] = ()
+    """Measure claims of the paper, C1 to C10 or all: trains what is missing, goes on where it was
+    interrupted, and writes figures/results.json and pictures."""
+    jobs: int = os.cpu_count() or 1
+    """--claim: runs made side by side, on their share of the cores each."""
+    report: bool = False
+    """--claim: judge the runs that are there, make none."""
     kernels: bool = False
     """Kernels of kernels.py against PyTorch and the public kernels; needs an NVIDIA GPU."""
     draw: tuple[Path, ...] = ()
@@ -1190,6 +1206,718 @@ def many(args, machine):
     return rows
 
 
+# ------------------------------------------------------------------------------- the paper's claims
+# A claim is measured by runs of train.py and eval.py that differ in one thing, over SEEDS. What
+# follows is the protocol, committed before the runs; figures/results.json holds what they gave.
+#
+#     part     a difference, one value per seed, so arranged that the paper says it is positive; its
+#              mean, and Student's 95 % interval over the seeds. borne out: the interval lies above
+#              -margin (0 but where a claim says "as well" or "little"); not: below; else undecided
+#     claim    borne out if all parts are, not borne out if one is not, else undecided
+LEDGER = Path("figures/results.json")
+SEEDS = (0, 1, 2)
+# 95 % quantile of Student's t (two-sided) for 2, 3, ... values
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+RECURRENT = ("mlstm", "xlstm", "mamba")
+FOUR = (*RECURRENT, "gpt")
+WIDTHS = (32, 64, 128)
+RATES_TRIED = (1e-3, 2e-3, 4e-3)        # learning rates; each backbone is given its best
+LITTLE = 0.05                           # of the expert's score: the margin of "as well", "little"
+
+# The mixture of all comparisons but in-context learning: no pictures, so that a run takes minutes;
+# memory (Dark-Room: where was the reward?) beside smooth control.
+MIXTURE = ("darkroom/train", "metaworld/reach-v3", "metaworld/door-open-v3",
+           "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3",
+           "metaworld/window-open-v3", "dmcontrol/cartpole-swingup", "dmcontrol/point_mass-easy",
+           "dmcontrol/reacher-easy")
+SMOOTH = ("metaworld", "dmcontrol")
+UNSEEN = ("metaworld/door-lock-v3", "metaworld/door-unlock-v3", "dmcontrol/cartpole-balance",
+          "dmcontrol/reacher-hard")     # of what the paper holds out, tasks with good experts here
+WINDOW = 20 * 12                        # environment steps in a domain's batch: 12 windows of 20
+TRAIN = (f"--tasks {' '.join(MIXTURE)} --heldout darkroom/heldout {' '.join(UNSEEN)} --dim 64 "
+         f"--context 20 --batch-size {WINDOW // 20} --steps 600")
+TUNE = (f"--tasks {' '.join(UNSEEN)} --heldout --dim 64 --context 20 --batch-size 12 "
+        "--top-fraction 0.05 --steps 150")
+DARK = ("--tasks darkroom/histories --heldout darkroom/heldout --context 200 --align 100 "
+        "--batch-size 16 --dim 32 --lr 3e-3 --steps 500 --episodes 0")
+
+# variant: (backbone, flags of train.py); trained once per seed for all claims that read it
+VARIANTS = {f"{b} {w}": (b, f"{TRAIN} --dim {w}") for b in FOUR for w in WIDTHS}
+VARIANTS |= {f"{b} actions": (b, f"{TRAIN} --tokens a,r,s,rtg") for b in ("mlstm", "gpt")}
+VARIANTS |= {f"{b} C {c}": (b, f"{TRAIN} --context {c} --batch-size {WINDOW // c}")
+             for b in ("mlstm", "gpt") for c in (1, 5, 60)}
+VARIANTS |= {
+    "[1:1]": ("xlstm", f"{TRAIN} --slstm-at 1 3"), "[1:3]": ("xlstm", f"{TRAIN} --slstm-at 0 1 2"),
+    "[0:1]": ("slstm", TRAIN), "mlstm half": ("mlstm", f"{TRAIN} --layers 2 --dim 96"),
+    "mlstm 2 heads": ("mlstm", f"{TRAIN} --heads 2"),
+    "mlstm 8 heads": ("mlstm", f"{TRAIN} --heads 8")}
+VARIANTS |= {f"{b} {name}": (b, f"{TRAIN} {flags}") for b in ("mlstm", "gpt") for name, flags in (
+    ("dropout", "--dropout 0.1"), ("r,s", "--tokens r,s"), ("s", "--tokens s"))}
+VARIANTS |= {f"{b} tuned": (b, f"{TUNE} --init-from runs/claims/{b}_64-s{{seed}}/checkpoint.pt")
+             for b in FOUR}
+VARIANTS |= {f"{b} scratch": (b, TUNE) for b in FOUR}
+VARIANTS |= {
+    "dark mlstm [1:0]": ("mlstm", f"{DARK} --layers 8"),
+    "dark xlstm [7:1]@1": ("xlstm", f"{DARK} --layers 8 --slstm-at 1"),
+    "dark xlstm [3:1]@1,3": ("xlstm", f"{DARK} --layers 8 --slstm-at 1 3"),
+    "dark xlstm [3:1]@5,7": ("xlstm", f"{DARK} --layers 8 --slstm-at 5 7"),
+    "dark slstm [0:1]": ("slstm", f"{DARK} --layers 8"),
+    "dark mamba": ("mamba", f"{DARK} --layers 8"), "dark gpt": ("gpt", f"{DARK} --layers 5")}
+
+
+def mean_score(run, domains=None):
+    """Mean over domains of the scores after training, on the tasks trained on."""
+    return float(np.mean([run["scores"][d] for d in domains or run["scores"]]))
+
+
+def log_perplexity(run):
+    """Mean over domains of the validation cross-entropy at the end, nats."""
+    return float(np.mean(np.log(list(run["perplexity"].values()))))
+
+
+def comparable(a, b):
+    """Refuse two runs of other data, other budgets or another number of parameters."""
+    for key in ("data", "tasks", "steps", "top_fraction"):
+        if a["config"][key] != b["config"][key]:
+            raise SystemExit(f"{a['name']} and {b['name']} cannot be compared: {key} is "
+                             f"{a['config'][key]} and {b['config'][key]}; delete the one that is "
+                             "not wanted below runs/claims, and run the claim again")
+    tokens = [run["config"]["context"] * run["config"]["batch_size"] for run in (a, b)]
+    sizes = [run["config"]["parameters"] for run in (a, b)]
+    if tokens[0] != tokens[1] or max(sizes) > 1.15 * min(sizes):
+        raise SystemExit(f"{a['name']} and {b['name']} cannot be compared: {tokens[0]} and "
+                         f"{tokens[1]} environment steps in a batch, {sizes[0]:,} and "
+                         f"{sizes[1]:,} parameters")
+
+
+def paired(runs, value, better, worse):
+    """value(better) - value(worse), for each seed that has both."""
+    seeds = [s for s in SEEDS if {(better, s), (worse, s)} <= runs.keys()]
+    for s in seeds:
+        comparable(runs[better, s], runs[worse, s])
+    return [value(runs[better, s]) - value(runs[worse, s]) for s in seeds]
+
+
+def by_variant(runs, value, variants):
+    """{variant: values, one per seed}: a row of a table."""
+    return {v: [value(runs[v, s]) for s in SEEDS if (v, s) in runs] for v in variants}
+
+
+def over_widths(runs, value, better, worse):
+    """paired(), averaged over the widths; [] unless all are there."""
+    rows = [paired(runs, value, f"{better} {w}", f"{worse} {w}") for w in WIDTHS]
+    return np.mean(rows, axis=0).tolist() if min(map(len, rows)) == len(SEEDS) else []
+
+
+def at_width(runs, value, width):
+    """A row of a table: {backbone: values} at this width."""
+    return {b: by_variant(runs, value, [f"{b} {width}"])[f"{b} {width}"] for b in FOUR}
+
+
+def domains_of(tasks):
+    """The domains of tasks, once each."""
+    return list(dict.fromkeys(task.split("/")[0] for task in tasks))
+
+
+def c1(runs):
+    """Perplexity: every recurrent backbone against gpt, and the gap against the width."""
+    parts = {f"{b} below gpt": over_widths(runs, log_perplexity, "gpt", b) for b in RECURRENT}
+    small, large = ([paired(runs, log_perplexity, f"gpt {w}", f"{b} {w}") for b in RECURRENT]
+                    for w in (WIDTHS[0], WIDTHS[-1]))
+    whole = min(map(len, small + large)) == len(SEEDS)
+    parts[f"gap at D {WIDTHS[-1]} over gap at D {WIDTHS[0]}"] = \
+        (np.mean(large, axis=0) - np.mean(small, axis=0)).tolist() if whole else []
+    table = {f"D {w}": at_width(runs, lambda run: math.exp(log_perplexity(run)), w) for w in WIDTHS}
+    for domain in domains_of(MIXTURE):
+        table[f"D {WIDTHS[-1]}, {domain}"] = at_width(
+            runs, lambda run: run["perplexity"][domain], WIDTHS[-1])
+    lines = {}
+    for b in FOUR:
+        curves = [runs[f"{b} {WIDTHS[-1]}", s]["curve"] for s in SEEDS
+                  if (f"{b} {WIDTHS[-1]}", s) in runs]
+        if curves:
+            y = np.array([[p for _, p in curve][1:] for curve in curves])
+            lines[b] = line([step for step, _ in curves[0]][1:], y.mean(0), y.min(0), y.max(0))
+    curve = dict(title=f"D {WIDTHS[-1]}, mean and range of the seeds", x="optimizer step",
+                 y="validation perplexity", lines=lines, levels={})
+    return dict(parts=parts, tables={"validation perplexity": table}, curves=[curve])
+
+
+def line(x, y, low, high):
+    """A line of a picture with a band around it, as the ledger keeps it."""
+    return {key: [float(f"{v:.5g}") for v in values]
+            for key, values in dict(x=x, y=y, low=low, high=high).items()}
+
+
+def c2(runs):
+    """Scores in the environments: every recurrent backbone against gpt; held-out tasks beside."""
+    parts = {f"{b} over gpt": over_widths(runs, mean_score, b, "gpt") for b in RECURRENT}
+    table, last = {f"D {w}": at_width(runs, mean_score, w) for w in WIDTHS}, WIDTHS[-1]
+    for d in domains_of(MIXTURE):
+        table[f"D {last}, {d}"] = at_width(runs, lambda run: run["scores"][d], last)
+    for d in domains_of(("darkroom/heldout", *UNSEEN)):
+        table[f"D {last}, {d}, held-out tasks"] = at_width(
+            runs, lambda run: run["heldout"][d], last)
+    return dict(parts=parts, tables={"score": table})
+
+
+def c3(runs):
+    """Scores without and with actions in the context, on the domains of smooth control."""
+    smooth = lambda run: mean_score(run, SMOOTH)
+    parts, table = {}, {}
+    for b in ("mlstm", "gpt"):
+        parts[f"{b}: without actions over with"] = paired(runs, smooth, f"{b} 64", f"{b} actions")
+        for d in domains_of(MIXTURE):
+            value = lambda run: run["scores"][d]
+            table[f"{b}, {d}"] = {name: by_variant(runs, value, [v])[v] for name, v in (
+                ("without actions", f"{b} 64"), ("with actions", f"{b} actions"))}
+    return dict(parts=parts, tables={"score": table,
+                                     "how much consecutive actions of the data differ":
+                                     action_changes()})
+
+
+def action_changes(root="datasets"):
+    """{domain: mean squared difference of consecutive actions, or share of changes}, per task."""
+    from data import find_folder, open_trajectory, load_card
+    rows = {}
+    for task in MIXTURE:
+        folder, values = find_folder(root, task), []
+        for path in sorted(folder.glob("*.hdf5"))[:20]:
+            actions = open_trajectory(path, load_card(folder, task)).actions[:]
+            discrete = np.issubdtype(actions.dtype, np.integer)
+            values.append(np.mean(actions[1:] != actions[:-1]) if discrete else
+                          np.mean(np.diff(actions, axis=0) ** 2))
+        rows.setdefault(task.split("/")[0], []).append(float(np.mean(values)))
+    return {d: {"mean over tasks": [float(np.mean(v))]} for d, v in rows.items()}
+
+
+def c4(runs):
+    """Scores against the context length, without actions; acting sees no more than C steps."""
+    value, parts, table = lambda run: run["stagger"]["mean"], {}, {}
+    for b in ("mlstm", "gpt"):
+        parts[f"{b}: C 60 over C 1"] = paired(runs, value, f"{b} C 60", f"{b} C 1")
+        for d in ("mean", *domains_of(MIXTURE)):
+            part = lambda run: run["stagger"][d]
+            table[f"{b}, {d}"] = {f"C {c}": by_variant(runs, part, [v])[v] for c, v in (
+                (1, f"{b} C 1"), (5, f"{b} C 5"), (20, f"{b} 64"), (60, f"{b} C 60"))}
+    return dict(parts=parts, tables={"score": table})
+
+
+def trials_mean(run, goals="darkroom/heldout", part=slice(None)):
+    """Mean return over goals and trials, as a share of the optimum."""
+    played = run["trials"][goals]
+    return float(np.mean(np.array(played["returns"])[:, part]) / played["optimal"])
+
+
+def c5(runs):
+    """Dark-Room: mean return over 40 trials on unseen goals, and the curve against the trial."""
+    seven, low, deep = "dark xlstm [7:1]@1", "dark xlstm [3:1]@1,3", "dark xlstm [3:1]@5,7"
+    parts = {f"{seven[5:]} over {other[5:]}": paired(runs, trials_mean, seven, other)
+             for other in ("dark mlstm [1:0]", "dark mamba", "dark gpt")}
+    parts[f"{low[5:]} over {deep[5:]}"] = paired(runs, trials_mean, low, deep)
+    parts[f"{seven[5:]}, last 10 trials over the first"] = [
+        trials_mean(runs[seven, s], part=slice(-10, None))
+        - trials_mean(runs[seven, s], part=slice(1)) for s in SEEDS if (seven, s) in runs]
+    variants = [v for v in VARIANTS if v.startswith("dark ")]
+    cells = {"all 40 trials": trials_mean,
+             "first trial": lambda run: trials_mean(run, part=slice(1)),
+             "last 10 trials": lambda run: trials_mean(run, part=slice(-10, None)),
+             "last 10, training goals":
+                 lambda run: trials_mean(run, "darkroom/histories", slice(-10, None)),
+             "last 10, one episode remembered":
+                 lambda run: float(np.mean(np.array(run["pair"]["darkroom/heldout"]["returns"])
+                                           [:, -10:]) / run["pair"]["darkroom/heldout"]["optimal"])}
+    table = {v[5:]: {name: by_variant(runs, value, [v])[v] for name, value in cells.items()}
+             for v in variants}
+    return dict(parts=parts, tables={"return over the optimum, held-out goals": table},
+                curves=[trial_curves(runs, variants, goals, title) for goals, title in (
+                    ("darkroom/heldout", "20 held-out goals"),
+                    ("darkroom/histories", "80 training goals"))])
+
+
+def trial_curves(runs, variants, goals, title, root="datasets"):
+    """Mean return against the trial, seeds averaged; band: 95 % bootstrap over the goals."""
+    from data import find_folder, open_trajectory
+    lines, levels = {}, {}
+    for v in variants:
+        played = [runs[v, s]["trials"][goals] for s in SEEDS if (v, s) in runs]
+        if not played:
+            continue
+        returns = np.mean([p["returns"] for p in played], axis=0)           # (goals, trials)
+        drawn = np.random.default_rng(0).integers(len(returns), size=(1000, len(returns)))
+        low, high = np.percentile(returns[drawn].mean(1), (2.5, 97.5), axis=0)
+        lines[v[5:]] = line(range(1, returns.shape[1] + 1), returns.mean(0), low, high)
+        levels = {"optimal": played[0]["optimal"], "random": played[0]["random"]}
+    folder = find_folder(root, "darkroom/histories")
+    learned = np.mean([open_trajectory(p).rewards[:].reshape(-1, 100).sum(1)
+                       for p in sorted(folder.glob("*.hdf5"))], axis=0)     # (episodes,)
+    learned = learned.reshape(40, -1).mean(1)
+    lines["the data's learner, 25 episodes a trial"] = line(range(1, 41), learned, learned, learned)
+    return dict(title=title, x="trial (100 steps each)", y="return", lines=lines, levels=levels)
+
+
+def c6(runs):
+    """Unseen tasks, 5 % of their trajectories: from the pre-trained weights, and from scratch."""
+    parts = {f"{b}: pre-trained over scratch":
+             paired(runs, mean_score, f"{b} tuned", f"{b} scratch") for b in FOUR}
+    table = {b: {"pre-trained": by_variant(runs, mean_score, [f"{b} tuned"])[f"{b} tuned"],
+                 "from scratch": by_variant(runs, mean_score, [f"{b} scratch"])[f"{b} scratch"]}
+             for b in FOUR}
+    return dict(parts=parts, tables={"score on the unseen tasks": table})
+
+
+def c7(runs):
+    """Silhouette of the domains among the hidden states; an untrained model and raw inputs beside.
+    """
+    silhouette = lambda of: lambda run: run["embed"][of]["domains"]
+    parts = {f"{b} over gpt": paired(runs, silhouette("trained"), f"{b} 64", "gpt 64")
+             for b in RECURRENT}
+    table = {of: at_width(runs, silhouette(of), 64) for of in ("trained", "untrained", "raw input")}
+    neighbour = lambda run: run["embed"]["trained"]["neighbours"]
+    table["trained: nearest window of another task is of the same domain"] = at_width(
+        runs, neighbour, 64)
+    return dict(parts=parts, tables={"silhouette of the domains": table})
+
+
+def c8(runs):
+    """Latency and bytes of state at the longest context over those at the shortest, batch 1."""
+    rows = {}
+    for row in runs["latency"]["rows"]:
+        if row["batch"] == 1 and "failed" not in row:
+            rows.setdefault(row["backbone"], []).append(row)
+    growth = lambda key: {b: r[-1][key] / r[0][key] for b, r in rows.items()}
+    times, sizes = growth("median_ms"), growth("state_bytes")
+    parts = {f"{b}: latency times {times[b]:.2f}, at most 1.2": [1.2 - times[b]]
+             for b in rows if b != "gpt"}
+    parts |= {f"{b}: state times {sizes[b]:.0f}, not more than 1": [1.001 - sizes[b]]
+              for b in rows if b != "gpt"}
+    parts |= {f"gpt: latency times {times['gpt']:.1f}, at least 2": [times["gpt"] - 2],
+              f"gpt: state times {sizes['gpt']:.0f}, at least 2": [sizes["gpt"] - 2]}
+    first, last = (rows["gpt"][k]["context"] for k in (0, -1))
+    return dict(parts=parts, tables={f"at {last:,} steps of context, times that at {first:,}": {
+        b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
+
+
+def c9(runs):
+    """Environment steps per second over gpt's at 1,600 steps of context, against the batch."""
+    rows = {(r["backbone"], r["batch"], r["context"]): r["per_second"]
+            for r in runs["throughput"]["rows"] if "failed" not in r}
+    batches = sorted({batch for _, batch, _ in rows})
+    longest = max(context for *_, context in rows)
+    names = dict.fromkeys(b for b, *_ in rows if b != "gpt")
+    ratio = {b: {n: rows[b, n, 0] / rows["gpt", n, longest] for n in batches} for b in names}
+    parts = {f"{b}: {min(ratio[b].values()):.1f} times gpt's at least, over 1":
+             [min(ratio[b].values()) - 1] for b in names}
+    parts |= {f"{b}: times {ratio[b][batches[-1]] / ratio[b][1]:.1f} from batch 1 to {batches[-1]}":
+              [ratio[b][batches[-1]] / ratio[b][1] - 1] for b in names}
+    return dict(parts=parts, tables={f"throughput over gpt's at {longest:,} steps of context": {
+        b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
+
+
+def c10(runs):
+    """Ratios of mLSTM to sLSTM, dropout, half the layers, no returns-to-go, heads."""
+    base, ratios = "mlstm 64", {"[3:1]": "xlstm 64", "[1:1]": "[1:1]", "[1:3]": "[1:3]",
+                                "[0:1]": "[0:1]"}
+    difference = partial(paired, runs, mean_score)
+    parts = {f"[1:0] over {name}": difference(base, v) for name, v in ratios.items()}
+    parts["gpt: without dropout over with"] = difference("gpt 64", "gpt dropout")
+    parts["mlstm: half the layers over all"] = difference("mlstm half", base)
+    for tokens in ("r,s", "s"):
+        parts[f"tokens {tokens}: mlstm over gpt"] = difference(f"mlstm {tokens}", f"gpt {tokens}")
+    rows = {"[1:0] (mlstm)": base, **ratios, "mlstm, half the layers": "mlstm half",
+            "mlstm, 2 heads": "mlstm 2 heads", "mlstm, 8 heads": "mlstm 8 heads",
+            "mlstm, dropout": "mlstm dropout", "gpt": "gpt 64", "gpt, dropout": "gpt dropout",
+            "mlstm, tokens r,s": "mlstm r,s", "gpt, tokens r,s": "gpt r,s",
+            "mlstm, tokens s": "mlstm s", "gpt, tokens s": "gpt s"}
+    perplexity = lambda run: math.exp(log_perplexity(run))
+    return dict(parts=parts, tables={"score and perplexity": {
+        name: {"score": by_variant(runs, mean_score, [v])[v],
+               "validation perplexity": by_variant(runs, perplexity, [v])[v]}
+        for name, v in rows.items()}})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and how it is measured here."""
+    text: str
+    figure: str                         # of the paper
+    # runs -> {"parts": {name: values}, "tables": {title: {row: {column: values}}}, "curves"};
+    # values: one per seed
+    judge: Callable
+    variants: tuple[str, ...] = ()      # what is trained
+    then: tuple[str, ...] = ()          # scored once more, see THEN
+    bench: str = ""                     # or: a mode of this program and its flags
+    margin: float = 0.0
+    unit: str = ""
+    larger: str = ""                    # what would decide more
+
+
+# a second look at a trained agent: flags of eval.py, and the part of its JSON that is kept
+THEN = {"trials": "--trials 40 --temperature 0.5",
+        "pair": "--trials 40 --temperature 0.5 --context pair --tasks darkroom/heldout",
+        "stagger": "--context stagger --episodes 20 --processes 1",
+        "embed": "--embed {folder}/embed.png"}
+AT_WIDTHS = tuple(f"{b} {w}" for b in FOUR for w in WIDTHS)
+CLAIMS = {
+    "C1": Claim("recurrent backbones reach a lower validation perplexity than the Transformer at "
+                "equal size, the gap growing with size", "2a", c1, AT_WIDTHS, unit=" nats"),
+    "C2": Claim("and act as well or better", "2b, 3, 14", c2, AT_WIDTHS, margin=LITTLE),
+    "C3": Claim("removing actions from the context helps smooth continuous control", "23-25", c3,
+                ("mlstm 64", "gpt 64", "mlstm actions", "gpt actions")),
+    "C4": Claim("without actions, a longer context helps", "23-27", c4,
+                tuple(f"{b} {v}" for b in ("mlstm", "gpt") for v in ("C 1", "C 5", "64", "C 60")),
+                ("stagger",)),
+    "C5": Claim("xLSTM[7:1] learns best in context on Dark-Room; sLSTM belongs in low layers",
+                "4, 16, 31", c5, tuple(v for v in VARIANTS if v.startswith("dark ")),
+                ("trials", "pair")),
+    "C6": Claim("pre-training beats training from scratch when fine-tuned on held-out tasks", "15",
+                c6, tuple(f"{b} {v}" for b in FOUR for v in ("tuned", "scratch"))),
+    "C7": Claim("hidden states cluster by domain, the recurrent ones better separated than the "
+                "Transformer's", "5, 34", c7, tuple(f"{b} 64" for b in FOUR), ("embed",)),
+    "C8": Claim("recurrent latency and memory do not depend on the context; the Transformer's grow",
+                "6", c8, bench="--latency --size 16m --backbones mlstm mamba gpt --seconds 3 "
+                "--batches 1"),
+    "C9": Claim("recurrent throughput exceeds the Transformer's, the more the larger the batch",
+                "7", c9, bench="--throughput --backbones mlstm mamba gpt --batches 1 8 32 128 "
+                "--contexts 800 1600 --seconds 2"),
+    "C10": Claim("sLSTM helps little on the mixture; dropout hurts the Transformer; half the "
+                 "layers cost little; the trends hold without returns-to-go and rewards",
+                 "28-30, 32, 33", c10,
+                 ("mlstm 64", "xlstm 64", "gpt 64", "[1:1]", "[1:3]", "[0:1]", "mlstm half",
+                  "mlstm 2 heads", "mlstm 8 heads")
+                 + tuple(f"{b} {v}" for b in ("mlstm", "gpt") for v in ("dropout", "r,s", "s")),
+                 margin=LITTLE),
+}
+
+
+# --------------------------------------------------------------- claims: runs, judgement, ledger
+def flags(text):
+    """"--a 1 2 --b 3 --a 4" -> ["--a", "4", "--b", "3"]: what is said last holds."""
+    found = {}
+    for word in text.split():
+        if word.startswith("--"):
+            key, found[word] = word, []
+        else:
+            found[key].append(word)
+    return [word for key, values in found.items() for word in (key, *values)]
+
+
+def run_folder(name, seed):
+    """runs/claims/<variant>-s<seed>, where train.py puts this run."""
+    return Path("runs/claims") / f"{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}-s{seed}"
+
+
+def training(name, seed, rates):
+    """The command that trains a variant, without python."""
+    backbone, text = VARIANTS[name]
+    words = flags(text.format(seed=seed))
+    if "--lr" not in words:
+        words += ["--lr", str(rates[backbone])]
+    return ["train.py", "--backbone", backbone, "--name",
+            str(run_folder(name, seed).relative_to("runs")), "--seed", str(seed), *words]
+
+
+def call(words, log, threads):
+    """Run one of our programs on so many threads; its output goes to a file. Returns seconds."""
+    started = time.time()
+    here = Path(__file__).parent
+    with open(log, "a") as f:
+        f.write(f"$ python {shlex.join(words)}\n")
+        f.flush()
+        done = subprocess.run([sys.executable, here / words[0], *words[1:]], stdout=f, stderr=f,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        tail = log.read_text().replace("\r", "\n").strip().splitlines()[-1:]
+        raise RuntimeError(f"python {shlex.join(words)[:100]} ... failed; its last line: "
+                           f"{' '.join(tail)[:300]}; all of it: {log}")
+    return time.time() - started
+
+
+def make_run(command, folder, then, threads):
+    """Train, unless it is done, and take each second look that is missing.
+
+    job.json, written last, says that the training is complete, and what it was.
+    """
+    from data import write_json
+    note, log = folder / "job.json", folder / "output.txt"
+    if not note.exists():
+        resume = (folder / "checkpoint.pt").exists()
+        if folder.exists() and not resume:              # killed before its first checkpoint
+            shutil.rmtree(folder)
+        log = folder.with_suffix(".txt")                # train.py makes the folder
+        log.parent.mkdir(parents=True, exist_ok=True)
+        seconds = call(command + ["--resume"] * resume, log, threads)
+        log = log.rename(folder / "output.txt")
+        write_json(note, {"command": command, "seconds": seconds, "resumed": resume})
+    made = json.loads(note.read_text())
+    if made["command"] != command:
+        raise RuntimeError(f"{folder} holds another run ({shlex.join(made['command'])[:300]}); "
+                           "delete it to make this one")
+    for name in then:
+        if not (folder / f"{name}.json").exists():
+            words = flags(THEN[name].format(folder=folder))
+            call(["eval.py", "--checkpoint", str(folder / "checkpoint.pt"), "--output",
+                  str(folder / f"{name}.json"), *words], log, threads)
+
+
+def make_runs(jobs, args):
+    """make_run for each of jobs, args.jobs at a time; {folder: reason} of those that failed."""
+    failed = {}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        waiting = {pool.submit(make_run, *job, threads): job[1] for job in jobs}
+        try:
+            for done in as_completed(waiting):
+                bar.update()
+                if done.exception():
+                    failed[waiting[done]] = str(done.exception())
+                    tqdm.write(f"{waiting[done]}: {done.exception()}", file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise SystemExit("\ninterrupted; the same command goes on where it was") from None
+    return failed
+
+
+def read_run(name, seed, then=()):
+    """What a finished run left, None if it is not there yet."""
+    folder = run_folder(name, seed)
+    if not all((folder / f"{part}.json").exists() for part in ("job", *then)):
+        return None
+    read = lambda part: json.loads((folder / f"{part}.json").read_text())
+    rows = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "perplexity" in row]
+    run = dict(name=folder.name, config=read("config"), seconds=read("job")["seconds"],
+               perplexity=rows[-1]["perplexity"],
+               curve=[(row["step"], row["mean_perplexity"]) for row in rows])
+    if (folder / "scores.json").exists():
+        scores = read("scores")
+        run.update(scores=scores["domains"], heldout=scores.get("heldout", {}).get("domains"))
+    for part in then:
+        run[part] = read(part)
+        if part == "stagger":
+            run[part] = {"mean": run[part]["mean_over_domains"], **run[part]["domains"]}
+    return run
+
+
+def tune(args):
+    """{backbone: learning rate}: for each the one with the lowest perplexity on the mixture.
+
+    One run each at the middle width, with a seed that no comparison uses.
+    """
+    names = {(b, rate): f"rate {b} {rate}" for b in FOUR for rate in RATES_TRIED}
+    seed = 100
+    for (b, rate), name in names.items():
+        VARIANTS[name] = b, f"{TRAIN} --lr {rate} --episodes 0"
+    if not args.report:
+        make_runs([(training(name, seed, {}), run_folder(name, seed), ())
+                   for name in names.values()], args)
+    runs = {key: read_run(name, seed) for key, name in names.items()}
+    if not all(runs.values()):
+        return None
+    found = {b: {rate: log_perplexity(runs[b, rate]) for rate in RATES_TRIED} for b in FOUR}
+    print("validation perplexity by learning rate: " + "; ".join(
+        f"{b} " + ", ".join(f"{rate:g} {math.exp(x):.2f}" for rate, x in row.items())
+        for b, row in found.items()))
+    return {b: min(row, key=row.get) for b, row in found.items()}
+
+
+def interval(values):
+    """Mean and Student's 95 % interval; of a single value the value."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, mean, mean
+    half = STUDENT[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def verdict(values, margin):
+    """Of one part; see the rule above."""
+    _, low, high = interval(values)
+    return "borne out" if low > -margin else "not" if high < -margin else "undecided"
+
+
+def judge(name, runs, missing):
+    """The ledger's entry for a claim."""
+    claim = CLAIMS[name]
+    found = claim.judge(runs)
+    parts, whole = {}, 1 if claim.bench else len(SEEDS)
+    for label, values in found["parts"].items():
+        parts[label] = {"values": [round(v, 5) for v in values], "verdict":
+                        verdict(values, claim.margin) if len(values) == whole else "missing"}
+    verdicts = {part["verdict"] for part in parts.values()}
+    overall = next((v for v in ("missing", "not", "undecided") if v in verdicts), "borne out")
+    rounded = {title: {row: {column: [round(v, 5) for v in values]
+                             for column, values in cells.items()} for row, cells in table.items()}
+               for title, table in found["tables"].items()}
+    return {
+        "claim": claim.text, "figure": claim.figure, "verdict": overall, "parts": parts,
+        "margin": claim.margin, "unit": claim.unit, "tables": rounded,
+        "curves": found.get("curves", []), "missing": missing,
+        "seeds": [] if claim.bench else list(SEEDS), "command": f"python bench.py --claim {name}",
+        "minutes": round(sum(run.get("seconds", 0) for run in runs.values()) / 60, 1),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores", "torch": str(torch.__version__),
+        "date": time.strftime("%Y-%m-%d"), "commit": commit()}
+
+
+def commit():
+    """The commit that is checked out, "+" behind it if code differs from it."""
+    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words], text=True,
+                                        capture_output=True).stdout.strip()
+    changed = git("status", "--porcelain", "-uno", "--", "*.py")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def draw_claim(entry, path):
+    """The entry's curves, or its first table as points with the range of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    count = max(1, len(entry["curves"]))
+    figure, axes = plt.subplots(1, count, figsize=(7 if count == 1 else 6.2 * count, 4.6),
+                                squeeze=False, layout="constrained")
+    for axis, curve in zip(axes[0], entry["curves"]):
+        for name, points in curve["lines"].items():
+            own = "data" in name                            # what was learned from, not a result
+            axis.plot(points["x"], points["y"], label=name, color="black" if own else None,
+                      linestyle=":" if own else "-")
+            axis.fill_between(points["x"], points["low"], points["high"], alpha=0.15,
+                              color="black" if own else axis.lines[-1].get_color(), linewidth=0)
+        for name, level in curve["levels"].items():
+            axis.axhline(level, color="gray", linewidth=0.8, linestyle="--")
+            axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", color="gray", fontsize=8)
+        axis.set(title=curve["title"], xlabel=curve["x"], ylabel=curve["y"])
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    if not entry["curves"]:
+        title, table = next(iter(entry["tables"].items()))
+        columns, axis = list(dict.fromkeys(c for row in table.values() for c in row)), axes[0, 0]
+        for k, column in enumerate(columns):
+            places = [(y + (k - (len(columns) - 1) / 2) * 0.7 / len(columns), row[column])
+                      for y, row in enumerate(table.values()) if row.get(column)]
+            axis.errorbar([np.mean(v) for _, v in places], [y for y, _ in places],
+                          xerr=np.array([[np.mean(v) - min(v), max(v) - np.mean(v)]
+                                         for _, v in places]).T.reshape(2, -1),
+                          fmt="o", capsize=2, label=column)
+        axis.set_yticks(range(len(table)), table)
+        axis.invert_yaxis()
+        axis.set(xlabel=f"{title} (mean and range of the seeds)")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.set_size_inches(7.5, max(2.6, 0.42 * len(table) + 1.2))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_clusters(path, names=("xlstm 64", "gpt 64"), seed=0):
+    """The hidden states of two trained models, projected; see eval.draw_embeddings."""
+    import eval as worlds
+    from lram import load_checkpoint, model_from_checkpoint
+    panels = {}
+    for name in names:
+        payload = load_checkpoint(run_folder(name, seed) / "checkpoint.pt")
+        model = model_from_checkpoint(payload, torch.device("cpu"))
+        cards = {t: c for t, c in payload["cards"].items() if not c["heldout"]}
+        points, tasks = worlds.embeddings(model, cards, Path("datasets"))
+        panels[name] = points, tasks, {"trained": worlds.separation(points, tasks)}
+    worlds.draw_embeddings(panels, path)
+
+
+def said(part, entry, label):
+    """A part in words: label, mean, interval."""
+    mean, low, high = interval(part["values"]) if part["values"] else (0, 0, 0)
+    if not part["values"]:
+        return f"{label}: missing"
+    if len(part["values"]) == 1:
+        return label
+    return f"{label} {mean:+.3f}{entry['unit']} ({low:+.3f} to {high:+.3f})"
+
+
+def show_claim(name, entry):
+    """An entry for people."""
+    print(f"\n{name}: {entry['claim']} (Fig. {entry['figure']})")
+    for label, part in entry["parts"].items():
+        print(f"  {said(part, entry, label):<78} {part['verdict']}")
+    for title, table in entry["tables"].items():
+        columns = list(dict.fromkeys(c for row in table.values() for c in row))
+        print(f"  {title}; mean (range of the seeds)\n  {'':<44}"
+              + "".join(f"{c:>24}" for c in columns))
+        for row, cells in table.items():
+            print(f"  {row:<44}" + "".join(f"{spread_of(cells.get(c)):>24}" for c in columns))
+    if entry["missing"]:
+        print(f"  missing runs: {', '.join(entry['missing'])}")
+    print(f"  verdict: {entry['verdict']}  ({entry['minutes']} minutes of training)")
+
+
+def spread_of(values):
+    """Mean and range of a cell."""
+    if not values:
+        return "missing"
+    return f"{np.mean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})"
+                                       if len(values) > 1 else "")
+
+
+def claims_main(args):
+    """Measure claims: make the runs that are missing, judge, write the ledger and the pictures."""
+    from data import write_json
+    unknown = [name for name in args.claim if name not in (*CLAIMS, "all")]
+    if unknown:
+        raise SystemExit(f"--claim {unknown[0]}: choose from {', '.join(CLAIMS)} or all")
+    names = list(CLAIMS) if "all" in args.claim else list(dict.fromkeys(args.claim))
+    failed = {} if args.report else make_claims(names, args)
+    ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    for name in names:
+        claim, runs, missing = CLAIMS[name], {}, []
+        if claim.bench:
+            path = Path(f"runs/claims/{name}.json")
+            if path.exists():
+                result = json.loads(path.read_text())
+                runs[result["mode"]] = result
+        for v, s in itertools.product(claim.variants, SEEDS):
+            if run := read_run(v, s, claim.then):
+                runs[v, s] = run
+            else:
+                missing.append(run_folder(v, s).name)
+        if not runs:
+            print(f"{name}: none of its runs is there; python bench.py --claim {name} makes them")
+            continue
+        ledger[name] = judge(name, runs, missing)
+        show_claim(name, ledger[name])
+        if name == "C7":
+            draw_clusters(LEDGER.parent / "C7.png")
+        elif not claim.bench:
+            draw_claim(ledger[name], LEDGER.parent / f"{name}.png")
+        write_json(LEDGER, {n: ledger[n] for n in CLAIMS if n in ledger})
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(map(str, failed))}")
+
+
+def make_claims(names, args):
+    """All runs that the claims need and that are not there; {folder: reason} of what failed."""
+    keys = [(v, s) for s in SEEDS for n in names for v in CLAIMS[n].variants]
+    from eval import DOMAINS
+    jobs, home = {}, Path("runs/claims")
+    home.mkdir(parents=True, exist_ok=True)
+    tasks = sorted({word for v, _ in keys for word in flags(VARIANTS[v][1])
+                    if word.split("/")[0] in DOMAINS})
+    if tasks:                               # once, before several runs would all make them
+        call(["data.py", "make", *tasks], home / "data.txt", os.cpu_count() or 1)
+    rates = tune(args) if any("--lr" not in VARIANTS[v][1] for v, _ in keys) else {}
+    for n in names:
+        if CLAIMS[n].bench and not (home / f"{n}.json").exists():
+            call(["bench.py", *CLAIMS[n].bench.split(), "--output", str(home / f"{n}.json")],
+                 home / f"{n}.txt", 1)
+    for v, s in dict.fromkeys(keys):
+        then = dict.fromkeys(t for n in names if v in CLAIMS[n].variants for t in CLAIMS[n].then)
+        jobs[v, s] = training(v, s, rates), run_folder(v, s), tuple(then)
+    # what starts from the weights of another comes after it
+    second = {key for key in jobs if "--init-from" in VARIANTS[key[0]][1]}
+    failed = make_runs([job for key, job in jobs.items() if key not in second], args)
+    return failed | make_runs([jobs[key] for key in jobs if key in second], args)
+
+
+# ---------------------------------------------------------------------------------------- program
 def draw(results, path):
     """A picture of saved results: latency against context, and the ladder."""
     import matplotlib
@@ -1233,6 +1961,8 @@ def main(args):
     """See the opening of this file."""
     if args.draw:
         return draw(args.draw, args.output or Path("speed.png"))
+    if args.claim:
+        return claims_main(args)
     if args.kernels:
         return kernels_main(args)
     chosen = [mode for mode in MODES if getattr(args, mode)]

@@ -1226,7 +1226,7 @@ def _measure(task, who, seeds, advance, whole=False):
 
 def default_heldout(tasks):
     """What is scored beside `tasks` where nothing is said: Dark-Room's other goals."""
-    return ("darkroom/heldout",) if "darkroom/train" in tasks else ()
+    return ("darkroom/heldout",) if {"darkroom/train", "darkroom/histories"} & set(tasks) else ()
 
 
 def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
@@ -2210,12 +2210,14 @@ class Mixture:
     sees what it would have seen, and packed and single files give the same. on_bad: "refuse" stops
     at a malformed file, "skip" names it once and goes on without it. At most `open_files`
     trajectories are held open; memory does not grow with their number but for 20 bytes each and the
-    name.
+    name. Random windows begin at multiples of `align` steps: where all episodes of a history have
+    that length, at an episode.
     """
 
     def __init__(self, root, tasks, heldout=(), standardise=False, on_bad="refuse",
-                 top_fraction=1.0, open_files=512):
+                 top_fraction=1.0, align=1, open_files=512):
         self.standardise, self.on_bad, self.open_files = standardise, on_bad, open_files
+        self.align = align
         self.root, self.tasks, self.cards = Path(root), list(tasks), {}
         self.names, self.packs, self.reading, self.folders = {}, {}, {}, {}
         self.cache, self.bad, self.process = OrderedDict(), set(), os.getpid()
@@ -2366,10 +2368,12 @@ class Mixture:
         return collate(windows, context)
 
     def draw(self, domain, context, rng):
-        """A trajectory in proportion to its length, any start in it: (row of train, start)."""
+        """A trajectory in proportion to its length, any start in it that is a multiple of
+        self.align: (row of train, start).
+        """
         rows, cumulative = self.train[domain], self.cumulative[domain]
         row = rows[cumulative.searchsorted(rng.random(), side="right")].item()
-        return row, int(rng.integers(max(1, row[2] - context + 1)))
+        return row, self.align * int(rng.integers(max(0, row[2] - context) // self.align + 1))
 
     def validation_batches(self, domain, batch_size, context, max_windows=96, part=(0, 1)):
         """The held-out trajectories cut into consecutive windows, evenly thinned to at most

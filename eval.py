@@ -1622,10 +1622,11 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
     A result holds "returns", "success", "card" and perhaps "constant"; of a task that failed, which
     is named at once, "failed" (the reason) and "card". A task whose simulator is missing is named
     and left out. agent_options go to lram.Agent (context, temperature, target_return). processes:
-    tasks played side by side, one thread each (default: one per core where the model is on the CPU
-    and the work is worth starting processes). Only these survive a simulator that crashes, or hangs
-    for `timeout` seconds; results of several calls can be merged.
+    tasks played side by side, one thread each (default: as many as this program has threads, where
+    the model is on the CPU and the work is worth it). Only these survive a simulator that crashes,
+    or hangs for `timeout` seconds; results of several calls can be merged.
     """
+    import torch
     from tqdm import tqdm
     reasons = {task: cannot_play(task, card) for task, card in cards.items()}
     counts = {t: episodes or split_task(t)[0].episodes for t in cards if not reasons[t]}
@@ -1634,7 +1635,7 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
     cost = {task: n * split_task(task)[0].steps for task, n in counts.items()}
     on_cpu = next(model.parameters()).device.type == "cpu"
     worth = on_cpu and len(counts) > 1 and sum(cost.values()) > 20_000
-    processes = processes or (min(os.cpu_count() or 1, 8) if worth else 1)
+    processes = processes or (min(torch.get_num_threads(), 8) if worth else 1)
     longest_first = sorted(counts, key=cost.get, reverse=True)
     jobs = [(task, cards[task], counts[task], seed, num_envs, agent_options)
             for task in (longest_first if processes > 1 else counts)]
@@ -1653,6 +1654,53 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
 def evaluate(model, cards, *args, by="data", **options):
     """play() and summarise(): score a model on the tasks of cards; the content of scores.json."""
     return summarise(play(model, cards, *args, **options), by)
+
+
+def play_trials(model, cards, trials=40, target_return=None, temperature=None, seed=0, context=None,
+                quiet=False):
+    """In-context learning: the same world `trials` times over, remembered (lram.InContextAgent).
+
+    cards: {task: card} of Dark-Room; the worlds are all goals of a task. Returns {task: {"returns":
+    (goals, trials) raw, "optimal" and "random": mean returns}}. Source: LRAM, appendix D.4; that
+    actions are sampled is ours.
+    """
+    from lram import InContextAgent
+    from tqdm import tqdm
+    result = {}
+    for task, card in cards.items():
+        with contextlib.closing(make_env(task)) as env:
+            if not isinstance(env.unwrapped, DarkRoom):
+                raise SystemExit(f"--trials plays Dark-Room, {task} is another world; give --tasks "
+                                 "darkroom/histories darkroom/heldout")
+            distance = env.unwrapped.goals.sum(1)               # from (0, 0)
+        agent = InContextAgent(model, {**card, "constant_rtg": False}, context,
+                               target_return=80.0 if target_return is None else target_return,
+                               temperature=1.0 if temperature is None else temperature, seed=seed)
+        with tqdm(total=len(distance) * trials * DarkRoom.STEPS, desc=task, unit="step",
+                  unit_scale=True, disable=quiet, leave=False) as bar:
+            # all rows end together, so that row k plays goal k again and again
+            played = list(rollout(partial(make_env, task), partial(agent_policy, agent=agent),
+                                  list(range(len(distance))) * trials, len(distance), False,
+                                  bar.update))
+        returns = np.array([e.rewards.sum() for e in played]).reshape(trials, -1).T
+        result[task] = {"returns": returns.tolist(), "random": card["random_score"],
+                        # the step that arrives pays too
+                        "optimal": float(np.mean(DarkRoom.STEPS + 1 - np.maximum(distance, 1)))}
+    return result
+
+
+def format_trials(played):
+    """Mean returns over the goals at some trials, intervals over goals, for people."""
+    lines = []
+    for task, row in played.items():
+        returns = np.array(row["returns"])                                  # (goals, trials)
+        count = returns.shape[1]
+        lines.append(f"{task}: {len(returns)} goals; random {row['random']:.1f}, "
+                     f"optimal {row['optimal']:.1f}")
+        for trial in sorted({t for t in (1, 2, 3, 5, 10, 20, 40, count) if t <= count}):
+            at = returns[:, trial - 1]
+            low, high = bootstrap_interval([at], lambda g: g[0].mean(-1))
+            lines.append(f"  trial {trial:>3}  {at.mean():6.1f}  ({low:.1f} to {high:.1f})")
 
 
 # ------------------------------------------------------------------------- inside the model: memory
@@ -2080,6 +2128,8 @@ def format_separation(scores):
         lines.append(f"{name:<11}{show(s['domains']) + f' ({low} to {high})':<23}"
                      f"{show(s['neighbours']) + ' (' + show(s['chance']) + ')':<31}"
                      f"{show(s['tasks'])}")
+
+
     return "\n".join(lines)
 
 
@@ -2276,12 +2326,16 @@ class Args:
     """Episodes per task (default: 20; Dark-Room 80, Atari 8)."""
     seed: int = EVALUATION_SEED
     """Episode k uses seed + k. The default seeds are used for nothing else."""
-    context: Literal["carry", "window", "stagger"] | None = None
-    """Acting beyond training's windows, see lram.Agent (default: carry; gpt: stagger)."""
-    temperature: float = 0.0
-    """0 acts greedily; above, actions are sampled."""
+    context: Literal["carry", "window", "stagger", "pair"] | None = None
+    """Acting beyond training's windows, see lram.Agent (default: carry; gpt: stagger); with
+    --trials carry or pair, see lram.InContextAgent (default: carry; gpt: pair)."""
+    temperature: float | None = None
+    """0 acts greedily (the default); above, actions are sampled (with --trials 1)."""
     target_return: float | None = None
-    """Return to ask for, in raw reward (default: each task's own, the maximum in its data)."""
+    """Return to ask for, in raw reward (default: each task's own, the maximum in its data; with
+    --trials 80, the paper's)."""
+    trials: int = 0
+    """In-context learning: play every goal of Dark-Room so often in a row, remembering."""
     num_envs: int = 20
     """Environments stepped together."""
     processes: int | None = None
@@ -2427,6 +2481,14 @@ def choose_cards(cards, tasks):
     return chosen or cards
 
 
+def write_scores(scores, path):
+    """As JSON, if there is a path, whole or not at all."""
+    if path:
+        from data import write_json
+        write_json(path, scores)
+        print(f"wrote {path}")
+
+
 def main(args):
     """See the opening of this file."""
     if args.list:
@@ -2463,6 +2525,17 @@ def main(args):
     options = dict(
         context=args.context, temperature=args.temperature, target_return=args.target_return
     )
+    if args.trials:
+        try:
+            played = play_trials(model, cards, args.trials, args.target_return, args.temperature,
+                                 args.seed, args.context)
+        except ValueError as error:
+            raise SystemExit(f"--trials: {error}") from None
+        print(format_trials(played))
+        return write_scores(played, args.output)
+    options["temperature"] = args.temperature or 0.0
+    if args.context == "pair":
+        raise SystemExit("--context pair is for --trials; choose carry, window or stagger")
     if args.inspect or args.embed:
         return show_inside(args, model, cards, options)
     if args.export and args.weights != "float32":
@@ -2487,9 +2560,7 @@ def main(args):
     summary = evaluate(model, cards, args.episodes, args.seed, num_envs, processes=processes,
                        timeout=args.timeout, by=args.normalise, **options)
     print(format_table(summary))
-    if args.output:
-        args.output.write_text(json.dumps(summary, indent=1))
-        print(f"wrote {args.output}")
+    write_scores(summary, args.output)
     if summary["failed"]:
         sys.exit(1)
 

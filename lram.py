@@ -447,6 +447,66 @@ class Agent:
         return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
 
 
+class InContextAgent(Agent):
+    """An Agent that remembers the episodes before, played one after the other in B equal worlds.
+
+    Trained on windows of whole consecutive episodes (train.py --align), it sees what a window
+    shows: the reward that ended an episode is the first that the next one sees, and an episode that
+    lies behind carries the return-to-go that it came to, not the target that was asked for. As a
+    state cannot forget what it has read, the finished episode is read once more, with its true
+    returns-to-go, from the state before it (one parallel pass). context:
+        carry     from the state after all episodes before (recurrent backbones)
+        pair      from a fresh state: the episode before is all that is remembered, as in training
+                  on windows of two (any; the default of gpt)
+    """
+
+    def __init__(self, model, card, context=None, **options):
+        super().__init__(model, card, **options)
+        is_gpt = self.config.backbone == "gpt"
+        self.context = context or ("pair" if is_gpt else "carry")
+        if self.context not in ("carry", "pair") or is_gpt and self.context == "carry":
+            raise ValueError(f"context {self.context!r} with {self.config.backbone}: choose pair"
+                             + ("" if is_gpt else " or carry"))
+
+    def begin(self, batch_size):
+        """Forget everything."""
+        super().begin(batch_size)
+        self.before, self.seen = None, []       # state before this episode, its steps so far
+
+    @torch.no_grad()
+    def act(self, obs, reward, done):
+        """As Agent.act; done marks the first step of an episode, for all rows at once."""
+        if done.any() and not done.all():
+            raise ValueError("in-context episodes begin and end together, done was true for "
+                             f"{done.sum()} of {len(done)}: play worlds of equal length")
+        reward = self.as_seen(reward)
+        self.rtg = self.rtg - reward
+        if done.any():
+            self._read_again(reward)
+            self.rtg = np.full_like(self.rtg, self.target)
+        last = np.full((len(done), max(self.action_dims, 1)), -1) \
+            if self.last_action is None else self.last_action
+        obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
+        step = [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
+        self.seen.append(step)
+        self.logits, self.state = self.model.act(*step[:3], self.action_dims, step[3], self.state)
+        action = self._decode(self.logits)
+        self.last_action = action_rows(action)
+        return action
+
+    def _read_again(self, reward):
+        """The finished episode, which `reward` (B,) ended, with the return-to-go it came to."""
+        if not self.seen:
+            return
+        obs, rewards, _, last = (torch.stack(x, dim=1) for x in zip(*self.seen))    # (B, T, ...)
+        final = torch.as_tensor(reward, device=self.device)[:, None]
+        # R_t = r_t + ... + r_T, and rewards[:, t] is r_{t-1}
+        collected = torch.cat([rewards[:, 1:], final], dim=1)
+        rtg = collected.flip(1).cumsum(1).flip(1)                                   # (B, T)
+        _, self.state = self.model(obs, rewards, rtg, self.action_dims, last, self.before)
+        self.before, self.seen = self.state if self.context == "carry" else None, []
+
+
 def stagger(model, step, obs, reward, rtg, action_dims, last_action, state):
     """One step of B environments with two states each, restarted in turn; the older one acts.
 

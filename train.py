@@ -23,6 +23,7 @@ Not included: models that do not fit one device, mixtures that weigh domains dif
 import contextlib
 import dataclasses
 import datetime
+import glob
 import json
 import math
 import os
@@ -64,7 +65,8 @@ class Args:
                   "16m-half", "48m-half", "110m-half", "206m-half"] = "tiny"
     """Width and depth; tiny trains on a laptop CPU in minutes, the others are the paper's."""
     name: str | None = None
-    """Folder below runs/ (default: backbone and size, numbered rather than overwrite a run)."""
+    """Folder below runs/ (default: backbone and size, numbered rather than overwrite a run); may be
+    one in another, as in ablations/actions."""
     resume: bool = False
     """Continue the run of this name from its last checkpoint."""
 
@@ -89,6 +91,9 @@ class Args:
     """C: environment steps per window (tokens: 3 C)."""
     image_context: int | None = None
     """The same for domains with images, at most C: short windows show more different pictures."""
+    align: int = 1
+    """Windows begin at multiples of this many steps. In-context learning: --align 100 --context 200
+    makes each window two whole episodes, one after the other, of a Dark-Room learning history."""
     batch_size: int | None = None
     """Windows per domain and step."""
     image_batch_size: int | None = None
@@ -108,6 +113,8 @@ class Args:
     standardise: bool | None = None
     """Observations with mean 0 and deviation 1 per task, coordinate and pixel (the paper: no)."""
 
+    dim: int | None = None
+    """Width D (default: by size)."""
     layers: int | None = None
     """Blocks (default: by size)."""
     heads: int | None = None
@@ -165,17 +172,18 @@ def resolve(args):
 def run_folder(args):
     """runs/<name>: a fresh one, or with --resume the newest that has a checkpoint."""
     base = args.name or (args.backbone if args.size == "tiny" else f"{args.backbone}-{args.size}")
+    parent, base = (Path("runs") / base).parent, Path(base).name
     number = lambda path: int(path.name[len(base) + 1:] or 1)               # "mlstm-3" -> 3
-    existing = [path for path in Path("runs").glob(f"{base}*")
+    existing = [path for path in parent.glob(f"{glob.escape(base)}*")
                 if path.name == base or re.fullmatch(r"-\d+", path.name[len(base):])]
     existing.sort(key=number)
     if args.resume:
         with_checkpoint = [p for p in existing if (p / "checkpoint.pt").exists()]
         if not with_checkpoint:
-            raise SystemExit(f"nothing to resume: runs/{base} holds no checkpoint; "
+            raise SystemExit(f"nothing to resume: {parent / base} holds no checkpoint; "
                              "start without --resume")
         return with_checkpoint[-1]
-    return Path("runs") / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
+    return parent / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
 
 
 def resumed_args(args, saved):
@@ -576,7 +584,7 @@ def finish(run, started, data_seconds, train_seconds):
 def build_model(args, device, fresh):
     """The model that the settings describe and its kernels in words; SystemExit if it cannot be."""
     try:
-        config = Config(args.backbone, args.size, layers=args.layers, heads=args.heads,
+        config = Config(args.backbone, args.size, args.dim, args.layers, args.heads,
                         slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
                         tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
                         standardise=args.standardise)
@@ -611,7 +619,7 @@ def main(args):
                                                 args.episodes_per_task), world)
     tasks, heldout = ([t for t in names if t in present] for names in (args.tasks, args.heldout))
     mixture = data.Mixture(args.data_root, tasks, heldout, args.standardise, args.on_bad,
-                           args.top_fraction)
+                           args.top_fraction, args.align)
     data_seconds = time.perf_counter() - started
     if saved and saved.get("data", mixture.fingerprint()) != mixture.fingerprint():
         raise SystemExit(f"the trajectories below {args.data_root} are not those that the run was "
@@ -634,8 +642,9 @@ def main(args):
         torch.manual_seed(args.seed + 1_000_003 * (first_step + rank))
     if not rank:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(
-            json.dumps(dataclasses.asdict(args), indent=1, default=str))
+        config = {**dataclasses.asdict(args), "parameters": count_parameters(model),
+                  "data": mixture.fingerprint()}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
               # a run that is complete is not measured again: its last line stays
               Log(None if rank else folder / "log.jsonl", first_step + (first_step == args.steps)),
@@ -652,7 +661,8 @@ def main(args):
         train_seconds = fit(run, first_step)
     except KeyboardInterrupt:
         raise SystemExit("\ninterrupted; continue from the last checkpoint with: python train.py "
-                         f"--backbone {args.backbone} --size {args.size} --name {folder.name} "
+                         f"--backbone {args.backbone} --size {args.size} --name "
+                         f"{folder.relative_to('runs')} "
                          "--resume") from None
     save(run, args.steps)
     finish(run, started, data_seconds, train_seconds)
