@@ -1701,6 +1701,7 @@ def format_trials(played):
             at = returns[:, trial - 1]
             low, high = bootstrap_interval([at], lambda g: g[0].mean(-1))
             lines.append(f"  trial {trial:>3}  {at.mean():6.1f}  ({low:.1f} to {high:.1f})")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------- inside the model: memory
@@ -2386,14 +2387,16 @@ def compare(paths, output):
             raise SystemExit(f"{path} cannot be read as scores ({error}); train.py and eval.py "
                              "--output write such files") from None
         runs.update({path.parent.name: content} if "tasks" in content else content)
+    print("\n".join(comparison_table(runs)))
+    if output is not None:
+        draw_comparison(runs, output)
+
+
+def comparison_table(runs):
+    """{name: content of a scores.json} -> lines of a Markdown table, a row for each task."""
     tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
-    print(
-        "| task | "
-        + " | ".join(runs)
-        + " | best constant action |\n"
-        + "|---" * (len(runs) + 2)
-        + "|"
-    )
+    lines = ["| task | " + " | ".join(runs) + " | best constant action |",
+             "|---" * (len(runs) + 2) + "|"]
     for task in tasks:
         rows = [run["tasks"].get(task) for run in runs.values()]
         cells = [_compare_cell(row) for row in rows]
@@ -2401,16 +2404,15 @@ def compare(paths, output):
             (f"{r['constant_score']:.2f}" for r in rows if r and "constant_score" in r), ""
         )
         held = " (held out)" if any(r and r["heldout"] for r in rows) else ""
-        print(f"| {task}{held} | " + " | ".join(cells) + f" | {constant} |")
+        lines.append(f"| {task}{held} | " + " | ".join(cells) + f" | {constant} |")
     for name, part in (("mean over domains", lambda run: run),
                        ("mean over held-out domains", lambda run: run.get("heldout", {}))):
         means = [part(run) for run in runs.values()]
         if any("mean_over_domains" in m for m in means):
             cells = [f"**{m['mean_over_domains']:.3f}** ({m['interval'][0]:.3f} to "
                      f"{m['interval'][1]:.3f})" if "mean_over_domains" in m else "-" for m in means]
-            print(f"| **{name}** | " + " | ".join(cells) + " | |")
-    if output is not None:
-        draw_comparison(runs, tasks, output)
+            lines.append(f"| **{name}** | " + " | ".join(cells) + " | |")
+    return lines
 
 
 def _compare_cell(row):
@@ -2421,8 +2423,9 @@ def _compare_cell(row):
     return f"{row['score']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})"
 
 
-def draw_comparison(runs, tasks, output):
-    """Bars with intervals: for each of tasks, and for the mean over domains, one for each run."""
+def draw_comparison(runs, output):
+    """Bars with intervals: for each task, and for the mean over domains, one for each run."""
+    tasks = list(dict.fromkeys(task for run in runs.values() for task in run["tasks"]))
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

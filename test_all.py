@@ -10,6 +10,7 @@ computation, never with a stored number. Tests of a simulator or of a peer packa
 where it is not installed.
 """
 import ast
+import itertools
 import json
 import math
 import multiprocessing
@@ -1287,6 +1288,96 @@ def test_window_and_stagger_see_what_they_say(backbone):
             assert relative(agent.logits, logits[:, -1]) < 1e-9, (mode, t)
 
 
+def trials_of(model, card, goals, trials, **options):
+    """Several episodes in a row in each of some Dark-Rooms, remembered: episodes, logits."""
+    agent, logits = lram.InContextAgent(model, card, **options), []
+
+    def policy(envs):
+        agent.begin(envs.num_envs)
+
+        def act(obs, reward, done):
+            action = agent.act(obs, reward, done)
+            logits.append(agent.logits)
+            return action
+        return act
+    played = list(worlds.rollout(lambda: worlds.DarkRoom("train"), policy, goals * trials,
+                                 num_envs=len(goals)))
+    return [played[k::len(goals)] for k in range(len(goals))], torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_learning_in_context_is_training(backbone, tmp_path):
+    """Logits of three trials in a row equal those of training on the file of all three: the
+    window of everything so far (carry), or of the episode before and this one (pair). Only the
+    present episode's return-to-go is the target that was asked for.
+    """
+    model = small_model(backbone, 200, torch.float64, tokens=("a", "r", "s", "rtg"),
+                        standardise=True)
+    goals = np.argsort(worlds.DarkRoom("train").goals.sum(1), kind="stable")[:2].tolist()   # near
+    for mode in ("pair",) if backbone == "gpt" else ("carry", "pair"):
+        histories, acted = trials_of(model, dark_card(target_return=11.0), goals, 3, context=mode,
+                                     temperature=1.0, seed=4)
+        folder = tmp_path / mode / "darkroom" / "histories"
+        folder.mkdir(parents=True)
+        (folder / "task.json").write_text(json.dumps(dark_card()))
+        for row, played in enumerate(histories):
+            rewards = np.stack([e.rewards for e in played])
+            rtg = rewards[:, ::-1].cumsum(1)[:, ::-1]
+            states, actions = (np.concatenate([getattr(e, key) for e in played])
+                               for key in ("states", "actions"))
+            data.write_trajectory(folder / f"{row}.hdf5", states, actions, rewards.ravel(),
+                                  np.arange(300) % 100 == 99, rtg.ravel())
+        assert any(e.rewards[:99].sum() for played in histories for e in played[:2])
+        mixture = data.Mixture(tmp_path / mode, ["darkroom/histories"], standardise=True)
+        for row, (trial, start) in itertools.product(range(2), ((0, 0), (1, 0), (2, 100))):
+            start = 0 if mode == "carry" else start
+            window = mixture.window((0, row, 300), start, 100 * (trial + 1) - start)
+            last = histories[row][trial].rewards
+            window["rtg"][-100:] = 11.0 - np.concatenate([[0.0], last[:-1].cumsum()])
+            inputs, _, _ = train.to_tensors(data.collate([window], len(window["rtg"])),
+                                            model.config, "cpu")
+            with torch.no_grad():
+                trained, _ = model(**inputs)
+            here = slice(100 * trial, 100 * (trial + 1))
+            assert relative(acted[row, here], trained[0, -100:]) < 1e-9, (mode, row, trial)
+
+
+def test_in_context_agent_refuses():
+    """A carried cache, and episodes of unequal length."""
+    with pytest.raises(ValueError, match="'carry' with gpt: choose pair"):
+        lram.InContextAgent(small_model("gpt"), dark_card(), context="carry")
+    agent = lram.InContextAgent(small_model("mlstm"), dark_card())
+    agent.begin(2)
+    with pytest.raises(ValueError, match="1 of 2: play worlds of equal length"):
+        agent.act(np.zeros((2, 2), np.float32), np.zeros(2), np.array([True, False]))
+
+
+def test_trials_of_an_agent_that_knows(monkeypatch, capsys):
+    """A script that walks to every goal: the optimum in each trial, by goal and trial."""
+    class Knowing:
+        def __init__(self, *_, **__):
+            pass
+
+        def begin(self, count):
+            self.goals = worlds.DarkRoom("heldout").goals
+            assert count == len(self.goals) == 20
+
+        def act(self, obs, reward, done):
+            row, column = (self.goals - obs).T
+            return np.where(row > 0, worlds.DarkRoom.DOWN,
+                            np.where(column > 0, worlds.DarkRoom.RIGHT, worlds.DarkRoom.STAY))
+    monkeypatch.setattr(lram, "InContextAgent", Knowing)
+    played = worlds.play_trials(None, {"darkroom/heldout": dark_card()}, 3, quiet=True)
+    result = played["darkroom/heldout"]
+    shortest = [101 - max(1, r + c) for r, c in worlds.DarkRoom("heldout").goals]
+    assert np.array_equal(result["returns"], np.tile(shortest, (3, 1)).T)
+    assert result["optimal"] == pytest.approx(np.mean(shortest))
+    text = worlds.format_trials(played)
+    assert "20 goals; random 1.0, optimal " in text and text.count("trial") == 3
+    with pytest.raises(SystemExit, match="--trials plays Dark-Room, gym/CartPole-v1 is another"):
+        worlds.play_trials(None, {"gym/CartPole-v1": dark_card()}, 1, quiet=True)
+
+
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
 def test_rows_of_an_agent_do_not_meet(backbone):
     """Two environments of which one ends early, against each played alone."""
@@ -2253,8 +2344,10 @@ def test_video_of_a_world(tmp_path, capsys):
 
 
 def test_comparison_of_runs(tmp_path, capsys):
-    """The file that README's first table came from, and rows without a score."""
-    worlds.compare([REPOSITORY / "figures/first_run.json"], tmp_path / "old.png")
+    """The runs that README's first table came from, and rows without a score."""
+    ledger = json.loads((REPOSITORY / "figures/results.json").read_text())
+    (tmp_path / "old.json").write_text(json.dumps(ledger["first run"]["runs"]))
+    worlds.compare([tmp_path / "old.json"], tmp_path / "old.png")
     assert "| metaworld/reach-v3 | 0.91 (0.87 to 0.95) |" in capsys.readouterr().out
     card = dark_card(random_score=None, reference_score=None)
     other = {"returns": [1.0, 3.0], "card": {**card, "random_score": 0.0, "reference_score": 4.0}}
@@ -3276,6 +3369,30 @@ def test_histories_are_of_agents_that_learn(tmp_path, monkeypatch):
     data.q_learning_histories("darkroom/histories", tmp_path / "alone", (), [5], None)
     alone = data.open_trajectory(tmp_path / "alone" / "000005.hdf5")
     assert np.array_equal(alone.actions, t.actions) and np.array_equal(alone.states, t.states)
+
+
+def test_windows_begin_at_episodes(tmp_path, monkeypatch):
+    """With --align 100 every window is two whole episodes: rewards and returns-to-go of the file,
+    across the border too.
+    """
+    monkeypatch.setattr(data, "q_learning", partial(data.q_learning, episodes=12))
+    monkeypatch.chdir(tmp_path)
+    folder = Path("darkroom/histories")
+    folder.mkdir(parents=True)
+    data.q_learning_histories("darkroom/histories", folder, (), list(range(4)), None)
+    (folder / "task.json").write_text(json.dumps(dark_card()))
+    t = [data.open_trajectory(folder / f"{k:06d}.hdf5") for k in range(4)]
+    mixture = data.Mixture(tmp_path, ["darkroom/histories"], align=100)
+    starts = set()
+    for step in range(40):
+        row, start = mixture.draw("darkroom", 200, np.random.default_rng(step))
+        window, source = mixture.window(row, start, 200), t[row[1]]
+        assert start % 100 == 0 and len(window["rtg"]) == 200
+        assert np.array_equal(window["rtg"], source.returns_to_go[start:start + 200])
+        assert np.array_equal(window["reward"][1:], source.rewards[start:start + 199])
+        assert window["reward"][0] == (source.rewards[start - 1] if start else 0)
+        starts.add(start)
+    assert {0, 1000} <= starts and len(starts) >= 9     # 11 are possible, the last one too
 
 
 def test_lost_lives_end_trajectories():
