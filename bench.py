@@ -1619,7 +1619,7 @@ def training(name, seed, rates):
     backbone, text = VARIANTS[name]
     words = flags(text.format(seed=seed))
     if "--lr" not in words:
-        words += ["--lr", str(rates[backbone])]
+        words += ["--lr", str(rates["xlstm" if backbone == "slstm" else backbone])]
     return ["train.py", "--backbone", backbone, "--name",
             str(run_folder(name, seed).relative_to("runs")), "--seed", str(seed), *words]
 

@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 import bench
 import data
@@ -1657,6 +1658,140 @@ def test_bench_modes(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "speed.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(SystemExit, match="choose one"):
         bench.main(bench.Args(latency=True, ladder=True))
+
+
+def test_claims_are_decided_by_their_rule():
+    """Student's interval of (1, 2, 3) by hand, 2 +- 4.30 / sqrt(3), and the verdicts around it."""
+    mean, low, high = bench.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - 2 == pytest.approx(2.4826, abs=1e-3) == 2 - low
+    assert bench.interval([0.7]) == (0.7, 0.7, 0.7)
+    assert [bench.verdict(values, margin) for values, margin in (
+        ([1, 2, 3], 0), ([1, 2, 3], 0.5), ([4, 5, 6], 0), ([-6, -5, -4], 0), ([-6, -5, -4], 8),
+        ([0.1], 0), ([-0.1], 0))] == ["undecided", "borne out", "borne out", "not", "borne out",
+                                      "borne out", "not"]
+    # at mean 2 and deviation 1, 1 of about 2 standard errors: three or four
+    assert 3 <= bench.seeds_needed([1, 2, 3], 0) <= 5 < bench.seeds_needed([-1, 2, 5.5], 0)
+
+
+def claim_run(score, perplexity=2.0, **config):
+    """What bench.read_run gives, of a run that reached this score."""
+    config = {"data": "d", "tasks": ["t"], "steps": 6, "top_fraction": 1.0, "context": 20,
+              "batch_size": 12, "parameters": 100, **config}
+    return dict(name="x", config=config, seconds=60.0, commit="abc", scores={"a": score, "b": 0.0},
+                heldout={}, perplexity={"a": perplexity, "b": 1.0}, curve=[(0, 3.0), (6, 2.0)])
+
+
+def test_claims_are_judged(tmp_path, monkeypatch):
+    """Differences by hand, missing runs listed and never counted, unequal budgets refused."""
+    runs = {}
+    for s in bench.SEEDS:
+        for b in bench.FOUR:
+            runs[f"{b} tuned", s] = claim_run(0.5 + 0.1 * s + 0.02 * (b == "gpt") * s)
+            runs[f"{b} scratch", s] = claim_run(0.3 + 0.1 * s)
+    entry = bench.judge("C6", runs, [])
+    # halves, because the mean is over two domains
+    assert entry["parts"]["mlstm: pre-trained over scratch"]["values"] == [0.1, 0.1, 0.1]
+    assert entry["parts"]["gpt: pre-trained over scratch"]["values"] == [0.1, 0.11, 0.12]
+    assert entry["verdict"] == "borne out" and entry["minutes"] == 24.0
+    assert entry["tables"]["score on the unseen tasks"]["gpt"]["from scratch"] == [0.15, 0.2, 0.25]
+
+    one = {key: run for key, run in runs.items() if key != ("gpt tuned", 1)}
+    entry = bench.judge("C6", one, ["gpt_tuned-s1"])
+    part = entry["parts"]["gpt: pre-trained over scratch"]
+    assert part == {"values": [0.1, 0.12], "margin": 0.0, "verdict": "missing"}
+    assert entry["verdict"] == "missing"
+    assert bench.verdict_in_words(entry) == "unfinished: 1 runs missing"
+    bench.draw_claim(entry, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000
+    monkeypatch.setattr(bench, "LEDGER", tmp_path / "results.json")
+    table = bench.claims_table({"C6": entry})
+    assert "not measured yet" in table[2] and "[missing]" in table[7]
+
+    for key, other, said in (("data", "e", "data is e and d"), ("steps", 7, "steps is 7 and 6"),
+                             ("parameters", 120, "120 and 100 parameters"),
+                             ("batch_size", 24, "480 and 240 environment steps in a batch")):
+        runs["mamba tuned", 2] = claim_run(0.5, **{key: other})
+        with pytest.raises(SystemExit, match=f"cannot be compared: .*{said}"):
+            bench.judge("C6", runs, [])
+
+
+def test_claims_go_on_where_they_were(tmp_path, monkeypatch, capsys):
+    """What is trained is not trained again, what was interrupted is resumed, what was killed before
+    its first checkpoint begins anew, another command is refused, a failure is named.
+    """
+    monkeypatch.chdir(tmp_path)
+    called = []
+
+    def call(words, log, threads):
+        called.append(words)
+        if "broken" in words:
+            raise RuntimeError("no such thing")
+        if words[0] == "train.py":
+            folder = Path("runs") / words[words.index("--name") + 1]
+            assert folder.exists() == ("--resume" in words)
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            Path(words[words.index("--output") + 1]).write_text("{}")
+        log.write_text("said")
+        return 1.0
+    monkeypatch.setattr(bench, "call", call)
+    monkeypatch.setitem(bench.THEN, "again", "--trials 4")
+    jobs = [(["train.py", "--name", f"claims/{k}"], Path(f"runs/claims/{k}"), ("again",))
+            for k in "abc"]
+    Path("runs/claims/b").mkdir(parents=True)
+    Path("runs/claims/b/checkpoint.pt").write_text("")
+    Path("runs/claims/c").mkdir()
+    args = bench.Args(jobs=2)
+    assert bench.make_runs(jobs, args) == {}
+    assert sorted(words[-1] for words in called if words[0] == "train.py") == \
+        ["--resume", "claims/a", "claims/c"]
+    assert sum(words[0] == "eval.py" for words in called) == 3
+    called.clear()
+    Path("runs/claims/a/again.json").unlink()
+    assert bench.make_runs(jobs, args) == {}
+    assert [words[0] for words in called] == ["eval.py"]
+    failed = bench.make_runs([(["train.py", "--steps", "9"], jobs[0][1], ()),
+                              (["train.py", "broken"], Path("runs/claims/d"), ())], args)
+    assert "holds another run" in failed[jobs[0][1]]
+    assert failed[Path("runs/claims/d")] == "no such thing"
+    capsys.readouterr()
+    bench.claims_main(bench.Args(claim=("C7",), report=True))
+    assert "C7: none of its runs is there" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--claim C11: choose from C1, C2"):
+        bench.claims_main(bench.Args(claim=("C11",)))
+
+
+def test_flags_of_variants():
+    """What is said last holds; every variant is a command that train.py takes."""
+    assert bench.flags("--a 1 2 --b 3 --a 4") == ["--a", "4", "--b", "3"]
+    folders = {bench.run_folder(name, 0) for name in bench.VARIANTS}
+    assert len(folders) == len(bench.VARIANTS)
+    for name in bench.VARIANTS:
+        words = bench.training(name, 0, dict.fromkeys(bench.FOUR, 1e-3))
+        args = tyro.cli(train.Args, args=words[1:])
+        assert args.steps and train.run_folder(args) == bench.run_folder(name, 0)
+        lram.Config(args.backbone, args.size, args.dim, args.layers, args.heads, args.slstm_at)
+    for claim in bench.CLAIMS.values():
+        assert claim.bench or set(claim.variants) <= set(bench.VARIANTS)
+        assert set(claim.then) <= set(bench.THEN)
+
+
+def test_readme_agrees_with_the_ledger():
+    """README's tables are what `python bench.py --readme` writes from figures/results.json, whose
+    verdicts follow from its values.
+    """
+    ledger = json.loads((REPOSITORY / "figures/results.json").read_text())
+    text = (REPOSITORY / "README.md").read_text()
+    assert bench.readme_with(text, ledger) == text
+    for name in bench.CLAIMS.keys() & ledger.keys():
+        for label, part in ledger[name]["parts"].items():
+            if part["verdict"] != "missing":
+                assert part["verdict"] == bench.verdict(part["values"], part["margin"]), label
+    changed = json.loads(json.dumps(ledger))
+    changed["first run"]["runs"]["mlstm"]["mean_over_domains"] += 0.01
+    assert bench.readme_with(text, changed) != text
+    with pytest.raises(SystemExit, match="one pair of <!-- claims -->"):
+        bench.readme_with(text.replace("<!-- claims -->", ""), ledger)
 
 
 def test_bench_knows_the_bytes():
