@@ -163,10 +163,10 @@ def mlstm_chunkwise(q, k, v, i, f, state=None, final_state=True, chunk_size=64):
     shorter. With chunk_size 1 this is the recurrent form, with chunk_size >= T the parallel one.
     """
     h = []
-    for start in range(0, q.shape[2], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        wanted = final_state or start + chunk_size < q.shape[2]
-        out, state = mlstm_parallel(*(x[:, :, chunk] for x in (q, k, v, i, f)), state, wanted)
+    # split, not slices: each slice's gradient would fill a tensor of T tokens with zeros
+    for chunk in zip(*(x.split(chunk_size, dim=2) for x in (q, k, v, i, f))):
+        wanted = final_state or len(h) + 1 < -(-q.shape[2] // chunk_size)
+        out, state = mlstm_parallel(*chunk, state, wanted)
         h.append(out)
     return torch.cat(h, dim=2), state
 
