@@ -1791,7 +1791,8 @@ def disturb(agent, episode, starts):
             off = states[t] + shift
             obs[row] = np.clip(np.rint(off), 0, 255) if obs.dtype == np.uint8 else off
         agent.act(obs, np.full(rows, episode.rewards[t - 1] if t else 0.0), np.full(rows, t == 0))
-        agent.last_action = np.repeat(action_rows(episode.actions[t][None]), rows, axis=0)
+        agent.last_action = np.repeat(
+            action_rows(episode.actions[t][None], agent.config.bins), rows, axis=0)
         logits = agent.logits.double()
         p = (logits if agent.action_dims else logits[:, None, :card["action"]["n"]]).softmax(-1)
         moved.append((p[1:] - p[:1]).abs().sum(-1).mean(-1).cpu().numpy() / 2)

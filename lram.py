@@ -51,7 +51,7 @@ from slstm import SLSTMBlock, slstm_scan
 
 STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
 MAX_DISCRETE = 18           # actions of a full Atari joystick
-MAX_DIMS, BINS = 8, 256     # continuous action dimensions and bins of each
+MAX_DIMS, BINS = 8, 256     # continuous action dimensions and bins of each (the paper's)
 BACKBONES = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
 TOKENS = ("a", "r", "s", "rtg")
 
@@ -85,6 +85,7 @@ class Config:
     tokens: tuple = ("r", "s", "rtg")   # one step's tokens, in order; "a" in front: the last action
     dropout: float = 0.0
     cnn: tuple = (16, 32, 32)           # channels of the three image stages
+    bins: int = BINS                    # of a continuous action dimension
     standardise: bool = False           # per-task mean 0 and deviation 1 of observations
 
     def __post_init__(self):
@@ -199,7 +200,7 @@ class LRAM(nn.Module):
         D, self.config = config.dim, config
         self.encode_state, self.encode_image = nn.Linear(STATE_WIDTH, D), ImpalaCNN(D, config.cnn)
         self.encode_reward, self.encode_rtg = nn.Linear(1, D), nn.Linear(1, D)
-        self.head = nn.Linear(D, MAX_DISCRETE + MAX_DIMS * BINS)
+        self.head = nn.Linear(D, MAX_DISCRETE + MAX_DIMS * config.bins)
         for linear in (self.encode_state, self.encode_reward, self.encode_rtg, self.head):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -236,7 +237,7 @@ class LRAM(nn.Module):
                 final_state=True):
         """The arguments of tokens(); action_dims: A for continuous actions, 0 for discrete ones.
 
-        Returns logits (B, C, A, 256) or (B, C, 18) and the state after the last token. The head is
+        Returns logits (B, C, A, bins) or (B, C, 18) and the state after the last token. The head is
         one Linear for all tasks; only the rows that these tasks read are computed. at: the token of
         each step that is read, the last for acting; a slice reads several, logits (B, C, tokens,
         ...). final_state False: the state is not computed, None is returned (training).
@@ -247,11 +248,11 @@ class LRAM(nn.Module):
         logits = self.readout(y, action_dims)
         # softmax in float32 at least
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, BINS))), state
+        return (logits if action_dims == 0 else logits.unflatten(-1, (action_dims, -1))), state
 
     def readout(self, y, action_dims):
-        """y (B, C, D) -> (B, C, 256 A or 18): the rows of the head that this action space reads."""
-        rows = head_rows(action_dims)
+        """y (B, C, D) -> (B, C, A bins or 18), by the rows of the head that these actions need."""
+        rows = head_rows(action_dims, self.config.bins)
         return F.linear(y, self.head.weight[rows], self.head.bias[rows])
 
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
@@ -278,10 +279,10 @@ class LRAM(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- actions, loss
-def head_rows(action_dims):
+def head_rows(action_dims, bins=BINS):
     """The rows of the head for A continuous dimensions, or for discrete actions (0)."""
     return slice(0, MAX_DISCRETE) if action_dims == 0 else \
-        slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * BINS)
+        slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * bins)
 
 
 def part_of_head(head, rows):
@@ -292,29 +293,29 @@ def part_of_head(head, rows):
     return part
 
 
-def action_to_bin(action):
+def action_to_bin(action, bins=BINS):
     """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
-    return ((action + 1) * (BINS / 2)).clip(0, BINS - 1).astype(np.int64) \
+    return ((action + 1) * (bins / 2)).clip(0, bins - 1).astype(np.int64) \
         if isinstance(action, np.ndarray) \
-        else ((action + 1) * (BINS / 2)).clamp(0, BINS - 1).long()
+        else ((action + 1) * (bins / 2)).clamp(0, bins - 1).long()
 
 
-def bin_to_action(index):
+def bin_to_action(index, bins=BINS):
     """Bins -> the centres of the bins, in (-1, 1)."""
-    return (index + 0.5) * (2 / BINS) - 1
+    return (index + 0.5) * (2 / bins) - 1
 
 
-def action_rows(action):
+def action_rows(action, bins=BINS):
     """Actions (..., A) float or (...) int -> (..., A or 1) rows of head and action embedding."""
     if np.issubdtype(action.dtype, np.integer):
         return action[..., None].astype(np.int64)
-    return MAX_DISCRETE + BINS * np.arange(action.shape[-1]) + action_to_bin(action)
+    return MAX_DISCRETE + bins * np.arange(action.shape[-1]) + action_to_bin(action, bins)
 
 
 def action_loss(logits, target, mask, soft_sigma=0.0):
     """Mean cross-entropy over the valid (step, dimension) pairs, in nats.
 
-    logits (B, C, 18) with target, mask (B, C), or (B, C, A, 256) with target, mask (B, C, A).
+    logits (B, C, 18) with target, mask (B, C), or (B, C, A, bins) with target, mask (B, C, A).
     target: action or bin; mask: bool, false on padding. soft_sigma > 0 spreads a bin's target over
     its neighbours as a Gaussian of that many bins (not in the paper): bins next to the right one
     are nearly right, which one-hot targets hide.
@@ -322,7 +323,7 @@ def action_loss(logits, target, mask, soft_sigma=0.0):
     log_p = logits[mask].log_softmax(-1)                                # (valid pairs, classes)
     target = target[mask]
     if soft_sigma and logits.dim() == 4:
-        bins = torch.arange(BINS, device=logits.device, dtype=logits.dtype)
+        bins = torch.arange(logits.shape[-1], device=logits.device, dtype=logits.dtype)
         soft = torch.softmax(-0.5 * ((bins - target[:, None]) / soft_sigma) ** 2, dim=-1)
         return -(soft * log_p).sum(-1).mean()
     return F.nll_loss(log_p, target)
@@ -395,7 +396,7 @@ class Agent:
         restart = done.any() or isinstance(self.model, FastPolicy)
         self.logits = run(*inputs, torch.as_tensor(done, device=self.device) if restart else None)
         action = self._decode(self.logits)
-        self.last_action = action_rows(action)
+        self.last_action = action_rows(action, self.config.bins)
         return action
 
     def as_seen(self, reward):
@@ -434,7 +435,7 @@ class Agent:
         return logits[rows, at]
 
     def _decode(self, logits):
-        """Logits (B, A, 256) or (B, 18) -> actions: the likeliest, or sampled at a temperature."""
+        """Logits (B, A, bins) or (B, 18) -> actions: the likeliest, or sampled at a temperature."""
         if self.action_dims == 0:
             logits = logits[:, :self.card["action"]["n"]]
         if self.temperature > 0:
@@ -444,7 +445,9 @@ class Agent:
         else:
             index = logits.argmax(-1)
         index = index.cpu().numpy()
-        return index if self.action_dims == 0 else bin_to_action(index).astype(np.float32)
+        if self.action_dims:
+            return bin_to_action(index, self.config.bins).astype(np.float32)
+        return index
 
 
 class InContextAgent(Agent):
@@ -491,7 +494,7 @@ class InContextAgent(Agent):
         self.seen.append(step)
         self.logits, self.state = self.model.act(*step[:3], self.action_dims, step[3], self.state)
         action = self._decode(self.logits)
-        self.last_action = action_rows(action)
+        self.last_action = action_rows(action, self.config.bins)
         return action
 
     def _read_again(self, reward):
@@ -562,7 +565,7 @@ class Controller(nn.Module):
         use_kernels(self.model, "torch")
         # what this task needs and no more; its rows of the head are a Linear of their own, which
         # the compiler lays out for few tokens
-        rows = head_rows(self.action_dims)
+        rows = head_rows(self.action_dims, self.model.config.bins)
         rows = rows if self.action_dims else slice(0, self.card["action"]["n"])
         head = part_of_head(self.model.head, rows)
         self.model.head, self.model.readout = head, lambda y, action_dims: head(y)
@@ -590,8 +593,9 @@ class Controller(nn.Module):
             self.model.act(*inputs)
         action = row = logits.argmax(-1)                                # (1, A) or (1,)
         if self.action_dims:
-            action = bin_to_action(row)
-            row = MAX_DISCRETE + BINS * torch.arange(self.action_dims) + row
+            bins = self.model.config.bins
+            action = bin_to_action(row, bins)
+            row = MAX_DISCRETE + bins * torch.arange(self.action_dims) + row
         # as contiguous as `start`: compiled code reads its inputs without a look at their strides
         new = [rtg, step + 1, row.view(1, -1), *(x for part in memory for x in part)]
         return action, logits, [x.clone(memory_format=torch.contiguous_format) for x in new]
@@ -735,7 +739,8 @@ class FastPolicy(nn.Module):
 
     def _head(self, action_dims):
         # a Linear of its own: PyTorch 2.13 compiles a slice of frozen weights as if it began at 0
-        return self._narrowed(part_of_head(self.model.head, head_rows(action_dims)))
+        return self._narrowed(part_of_head(self.model.head,
+                                           head_rows(action_dims, self.config.bins)))
 
     def _readout(self, y, action_dims):
         name = str(action_dims)

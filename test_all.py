@@ -1106,6 +1106,10 @@ def test_actions_and_bins():
     x = np.random.uniform(-1, 1, 1000)
     assert np.abs(lram.bin_to_action(lram.action_to_bin(x)) - x).max() <= 1 / 256 + 1e-12
     assert lram.bin_to_action(255) == 1 - 1 / 256
+    # other numbers of bins: a flag
+    assert lram.action_to_bin(a, 4).tolist() == [0, 0, 2, 3, 3, 3]
+    assert lram.bin_to_action(np.arange(4), 4).tolist() == [-0.75, -0.25, 0.25, 0.75]
+    assert lram.action_rows(np.array([[-1.0, 1.0]]), 4).tolist() == [[18, 18 + 4 + 3]]
     assert lram.action_rows(np.array([[3]]))[0, 0].tolist() == [3]
     assert lram.action_rows(np.array([[-1.0, 1.0]])).tolist() == [[18, 18 + 256 + 255]]
 

@@ -125,6 +125,8 @@ class Args:
     """On residual branches (the paper's ablation: 0.1)."""
     tokens: str = "r,s,rtg"
     """Tokens of a step, a part of a,r,s,rtg in this order; a: last action; s: behaviour cloning."""
+    bins: int = 256
+    """Of each continuous action dimension."""
     cnn: tuple[int, ...] | None = None
     """Channels of the three image stages."""
     init_from: Path | None = None
@@ -229,10 +231,11 @@ def learning_rate(step, args):
 def to_tensors(batch, config, device):
     """A batch of data.collate -> arguments of LRAM.forward, targets and their mask, as tensors."""
     continuous = batch["action"].ndim == 3
-    target = action_to_bin(batch["action"]) if continuous else batch["action"]
+    target = action_to_bin(batch["action"], config.bins) if continuous else batch["action"]
     last = None
     if "a" in config.tokens:
-        last = np.where(batch["known"][..., None], action_rows(batch["previous"]), -1)
+        last = action_rows(batch["previous"], config.bins)
+        last = np.where(batch["known"][..., None], last, -1)
         last = torch.as_tensor(last, device=device)                         # (B, C, A)
     obs, reward, rtg, target, mask = (torch.as_tensor(x, device=device) for x in (
         batch["obs"], batch["reward"], batch["rtg"], target, batch["mask"]))
@@ -587,7 +590,7 @@ def build_model(args, device, fresh):
         config = Config(args.backbone, args.size, args.dim, args.layers, args.heads,
                         slstm_at=args.slstm_at, context=args.context, dropout=args.dropout,
                         tokens=tuple(args.tokens.split(",")), cnn=args.cnn,
-                        standardise=args.standardise)
+                        standardise=args.standardise, bins=args.bins)
         model = LRAM(config).to(device)
         kernels = use_kernels(model, args.kernels)
     except ValueError as error:
