@@ -1,4 +1,4 @@
-"""Everything that is measured in milliseconds: acting on this machine, kernels on a GPU.
+"""Everything that is measured: milliseconds of acting and of kernels, and the paper's claims.
 
     python bench.py                                 # a step of every backbone, plain and compiled
     python bench.py --size 16m --threads 2          # a size of the paper; compiles for minutes
@@ -11,6 +11,9 @@
     python bench.py --windows                       # the data side against what training takes
     python bench.py --draw latency.json ladder.json --output speed.png
     python bench.py --kernels                       # kernels.py beside PyTorch and public kernels
+    python bench.py --claim C5                      # a claim of the paper: trains, scores, judges
+    python bench.py --claim all --report            # judges what has been trained
+    python bench.py --readme                        # README's tables from figures/results.json
 
 The last line of a measurement is one JSON object; --output writes it to a file too.
 
@@ -47,6 +50,10 @@ Public peers (`pip install --no-deps mlstm-kernels==2.0.6`, mamba-ssm) are measu
 They take T in multiples of 64 and are given zero-padded inputs where T is none. What refuses a
 shape or fails is named with its reason. TRITON_INTERPRET=1 python bench.py --kernels --quick runs
 toy shapes on a CPU: it shows that everything runs, not how fast.
+
+Claims: each is a set of runs of train.py and eval.py, kept in runs/claims/ and made once; protocol
+and rule of decision stand above the claims' functions below. What was measured is kept in
+figures/results.json with command, commit, machine, date and seeds; the pictures lie beside it.
 """
 import gc
 import importlib

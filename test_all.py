@@ -3788,7 +3788,9 @@ def quick_form(script, rest):
         return rest + tasks + [word for pair in quick.items() for word in pair]
     if script == "eval.py" and "--checkpoint" in rest:
         rest = [word.replace("metaworld/reach-v3", "darkroom/train") for word in rest]
-        return [*rest, "--episodes", "1"]
+        return [*rest, *([] if {"--inspect", "--embed"} & {*rest} else ["--episodes", "1"])]
+    if "--claim" in rest:               # test_claims_...
+        return ["--claim", "all", "--report"]
     if script == "bench.py" and not {"--kernels", "--memory", "--windows"} & {*rest}:
         return ["--backbones", "gpt", "--steps", "20"]      # its modes: test_bench_modes
     if rest == ["--compile-all"]:       # test_kernels_compile_ahead_of_time compiles two widths
