@@ -1705,7 +1705,7 @@ def read_run(name, seed, then=()):
     rows = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "perplexity" in row]
     run = dict(name=folder.name, config=read("config"), seconds=read("job")["seconds"],
-               commit=read("job")["commit"], perplexity=rows[-1]["perplexity"],
+               commit=read("job").get("commit"), perplexity=rows[-1]["perplexity"],
                curve=[(row["step"], row["mean_perplexity"]) for row in rows])
     if (folder / "scores.json").exists():
         scores = read("scores")
@@ -1801,15 +1801,17 @@ def draw_claim(entry, path):
             own = "data" in name                            # what was learned from, not a result
             axis.plot(points["x"], points["y"], label=name, color="black" if own else None,
                       linestyle=":" if own else "-")
-            axis.fill_between(points["x"], points["low"], points["high"], alpha=0.15,
+            axis.fill_between(points["x"], points["low"], points["high"], alpha=0.1,
                               color="black" if own else axis.lines[-1].get_color(), linewidth=0)
         for name, level in curve["levels"].items():
             axis.axhline(level, color="gray", linewidth=0.8, linestyle="--")
             axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", color="gray", fontsize=8)
         axis.set(title=curve["title"], xlabel=curve["x"], ylabel=curve["y"])
-        axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    if entry["curves"]:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                      ncol=4, fontsize=8)
     if not entry["curves"]:
         title, table = next(iter(entry["tables"].items()))
         columns, axis = list(dict.fromkeys(c for row in table.values() for c in row)), axes[0, 0]
@@ -1847,10 +1849,10 @@ def draw_clusters(path, names=("xlstm 64", "gpt 64"), seed=0):
 
 def said(part, entry, label):
     """A part in words: label, mean, interval."""
-    mean, low, high = interval(part["values"]) if part["values"] else (0, 0, 0)
-    if not part["values"]:
-        return f"{label}: missing"
-    if len(part["values"]) == 1:
+    if part["verdict"] == "missing":
+        return f"{label}: {len(part['values'])} of {len(entry['seeds'])} seeds"
+    mean, low, high = interval(part["values"])
+    if low == high:                             # one value, in the label
         return label
     return f"{label} {mean:+.3f}{entry['unit']} ({low:+.3f} to {high:+.3f})"
 

@@ -1892,7 +1892,7 @@ def draw_inspection(found, model, task, output):
         marks = [plt.Line2D([], [], color=f"C{g}", lw=3) for g in range(heads)]
         figure.legend(marks, [f"head {g}" for g in range(heads)], loc="upper right", ncol=2)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=90)
     plt.close(figure)
 
 
