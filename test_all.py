@@ -1680,7 +1680,7 @@ def test_claims_are_decided_by_their_rule():
 def claim_run(score, perplexity=2.0, **config):
     """What bench.read_run gives, of a run that reached this score."""
     config = {"data": "d", "tasks": ["t"], "steps": 6, "top_fraction": 1.0, "context": 20,
-              "batch_size": 12, "parameters": 100, **config}
+              "batch_size": 12, "backbone_parameters": 100, **config}
     return dict(name="x", config=config, seconds=60.0, commit="abc", scores={"a": score, "b": 0.0},
                 heldout={}, perplexity={"a": perplexity, "b": 1.0}, curve=[(0, 3.0), (6, 2.0)])
 
@@ -1712,7 +1712,7 @@ def test_claims_are_judged(tmp_path, monkeypatch):
     assert "not measured yet" in table[2] and "[missing]" in table[7]
 
     for key, other, said in (("data", "e", "data is e and d"), ("steps", 7, "steps is 7 and 6"),
-                             ("parameters", 120, "120 and 100 parameters"),
+                             ("backbone_parameters", 121, "121 and 100 parameters"),
                              ("batch_size", 24, "480 and 240 environment steps in a batch")):
         runs["mamba tuned", 2] = claim_run(0.5, **{key: other})
         with pytest.raises(SystemExit, match=f"cannot be compared: .*{said}"):
@@ -1768,13 +1768,20 @@ def test_claims_go_on_where_they_were(tmp_path, monkeypatch, capsys):
 def test_flags_of_variants():
     """What is said last holds; every variant is a command that train.py takes."""
     assert bench.flags("--a 1 2 --b 3 --a 4") == ["--a", "4", "--b", "3"]
-    folders = {bench.run_folder(name, 0) for name in bench.VARIANTS}
+    folders, sizes = {bench.run_folder(name, 0) for name in bench.VARIANTS}, {}
     assert len(folders) == len(bench.VARIANTS)
     for name in bench.VARIANTS:
         words = bench.training(name, 0, dict.fromkeys(bench.FOUR, 1e-3))
         args = tyro.cli(train.Args, args=words[1:])
         assert args.steps and train.run_folder(args) == bench.run_folder(name, 0)
-        lram.Config(args.backbone, args.size, args.dim, args.layers, args.heads, args.slstm_at)
+        config = lram.Config(args.backbone, args.size, args.dim, args.layers, args.heads,
+                             args.slstm_at, args.context)
+        sizes[name] = lram.count_parameters(lram.Backbone(config))
+    # what is compared has the same number of parameters, about
+    dark = [name for name in bench.VARIANTS if name.startswith("dark ")]
+    for one, others in (*((f"gpt {w}", [f"{b} {w}" for b in bench.FOUR]) for w in bench.WIDTHS),
+                        ("mlstm 64", bench.CLAIMS["C10"].variants), ("dark xlstm [7:1]@1", dark)):
+        assert all(1 / 1.2 < sizes[one] / sizes[other] < 1.2 for other in others), one
     for claim in bench.CLAIMS.values():
         assert claim.bench or set(claim.variants) <= set(bench.VARIANTS)
         assert set(claim.then) <= set(bench.THEN)

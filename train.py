@@ -645,8 +645,8 @@ def main(args):
         torch.manual_seed(args.seed + 1_000_003 * (first_step + rank))
     if not rank:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**dataclasses.asdict(args), "parameters": count_parameters(model),
-                  "data": mixture.fingerprint()}
+        config = {**dataclasses.asdict(args), "data": mixture.fingerprint(),
+                  "backbone_parameters": count_parameters(model.backbone)}
         (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
               # a run that is complete is not measured again: its last line stays
