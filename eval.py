@@ -1666,13 +1666,16 @@ def play_trials(model, cards, trials=40, target_return=None, temperature=None, s
     """
     from lram import InContextAgent
     from tqdm import tqdm
-    result = {}
+    result, others = {}, [task for task in cards if domain_of(task) != "darkroom"]
+    if others:
+        raise SystemExit(f"--trials plays Dark-Room, {others[0]} is another world: give --tasks "
+                         "darkroom, with a checkpoint that knows it")
+    if model.config.backbone == "gpt" and model.config.context < 2 * DarkRoom.STEPS:
+        raise SystemExit(f"gpt holds {model.config.context} steps, two trials are "
+                         f"{2 * DarkRoom.STEPS}: train with --context {2 * DarkRoom.STEPS} "
+                         f"--align {DarkRoom.STEPS}")
     for task, card in cards.items():
-        with contextlib.closing(make_env(task)) as env:
-            if not isinstance(env.unwrapped, DarkRoom):
-                raise SystemExit(f"--trials plays Dark-Room, {task} is another world; give --tasks "
-                                 "darkroom/histories darkroom/heldout")
-            distance = env.unwrapped.goals.sum(1)               # from (0, 0)
+        distance = make_env(task).goals.sum(1)                  # from (0, 0)
         agent = InContextAgent(model, {**card, "constant_rtg": False}, context,
                                target_return=80.0 if target_return is None else target_return,
                                temperature=1.0 if temperature is None else temperature, seed=seed)

@@ -1372,7 +1372,8 @@ def test_trials_of_an_agent_that_knows(monkeypatch, capsys):
             return np.where(row > 0, worlds.DarkRoom.DOWN,
                             np.where(column > 0, worlds.DarkRoom.RIGHT, worlds.DarkRoom.STAY))
     monkeypatch.setattr(lram, "InContextAgent", Knowing)
-    played = worlds.play_trials(None, {"darkroom/heldout": dark_card()}, 3, quiet=True)
+    played = worlds.play_trials(small_model("mlstm"), {"darkroom/heldout": dark_card()}, 3,
+                                quiet=True)
     result = played["darkroom/heldout"]
     shortest = [101 - max(1, r + c) for r, c in worlds.DarkRoom("heldout").goals]
     assert np.array_equal(result["returns"], np.tile(shortest, (3, 1)).T)
@@ -1380,7 +1381,9 @@ def test_trials_of_an_agent_that_knows(monkeypatch, capsys):
     text = worlds.format_trials(played)
     assert "20 goals; random 1.0, optimal " in text and text.count("trial") == 3
     with pytest.raises(SystemExit, match="--trials plays Dark-Room, gym/CartPole-v1 is another"):
-        worlds.play_trials(None, {"gym/CartPole-v1": dark_card()}, 1, quiet=True)
+        worlds.play_trials(small_model("mlstm"), {"gym/CartPole-v1": dark_card()}, 1, quiet=True)
+    with pytest.raises(SystemExit, match="gpt holds 20 steps, two trials are 200: train with"):
+        worlds.play_trials(small_model("gpt"), {"darkroom/train": dark_card()}, 1, quiet=True)
 
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
