@@ -486,12 +486,14 @@ class Machine:
         others = self.others()
         if others is not None and others > 0.2:
             print(f"WARNING: other programs kept {others:.1f} cores busy: these times are too long")
-        result = {"mode": title, "size": args.size, "machine": self.name, "threads": self.threads,
+        result = {"mode": title, "arguments": sys.argv[1:], "commit": commit(),
+                  "size": args.size, "machine": self.name, "threads": self.threads,
                   "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                   "bandwidth": self.bandwidth, "rate": self.rate, "others": others, "rows": rows}
         print(json.dumps(result))
         if args.output:
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            from data import write_json
+            write_json(args.output, result)
 
 
 def cpu_name():
@@ -1226,8 +1228,6 @@ def many(args, machine):
 #     claim    borne out if all parts are, not borne out if one is not, else undecided
 LEDGER = Path("figures/results.json")
 SEEDS = (0, 1, 2)
-# 95 % quantile of Student's t (two-sided) for 2, 3, ... values
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 RECURRENT = ("mlstm", "xlstm", "mamba")
 FOUR = (*RECURRENT, "gpt")
 WIDTHS = (32, 64, 128)
@@ -1251,6 +1251,7 @@ TRAIN = (f"--tasks {' '.join(MIXTURE)} --heldout darkroom/heldout {' '.join(UNSE
          f"--context 20 --batch-size {WINDOW // 20} --steps 600")
 TUNE = (f"--tasks {' '.join(UNSEEN)} --heldout --context 20 --batch-size 12 "
         "--top-fraction 0.05 --steps 200")
+# in-context learning: one learning rate for all, not tuned but for a look at another, 1e-3 for gpt
 DARK = ("--tasks darkroom/histories --heldout darkroom/heldout --context 200 --align 100 "
         "--batch-size 16 --dim 32 --lr 3e-3 --steps 500 --episodes 0")
 
@@ -1283,6 +1284,11 @@ VARIANTS |= {
     "dark xlstm [3:1]@5,7": ("xlstm", f"{DARK} --layers 8 --slstm-at 5 7"),
     "dark slstm [0:1]": ("slstm", f"{DARK} --layers 8"),
     "dark mamba": ("mamba", f"{DARK} --layers 8"), "dark gpt": ("gpt", f"{DARK} --layers 5")}
+
+
+# which learning rate: {(backbone, rate): variant}
+TUNING, TUNING_SEED = {(b, rate): f"rate {b} {rate}" for b in FOUR for rate in RATES_TRIED}, 100
+VARIANTS |= {name: trained(b, f"--lr {rate} --episodes 0") for (b, rate), name in TUNING.items()}
 
 
 def mean_score(run, domains=None):
@@ -1490,8 +1496,10 @@ def c7(runs):
     """Silhouette of the domains among the hidden states; an untrained model and raw inputs beside.
     """
     silhouette = lambda of: lambda run: run["embed"][of]["domains"]
-    parts = {f"{b} over gpt": paired(runs, silhouette("trained"), f"{b} 64", "gpt 64")
-             for b in RECURRENT}
+    parts = {"xlstm over gpt": paired(runs, silhouette("trained"), "xlstm 64", "gpt 64")}
+    for b in ("xlstm", "gpt"):
+        gain = lambda run: silhouette("trained")(run) - silhouette("untrained")(run)
+        parts[f"{b}: trained over untrained"] = by_variant(runs, gain, [f"{b} 64"])[f"{b} 64"]
     table = {of: at_width(runs, silhouette(of), 64) for of in ("trained", "untrained", "raw input")}
     neighbour = lambda run: run["embed"]["trained"]["neighbours"]
     table["trained: nearest window of another task is of the same domain"] = at_width(
@@ -1504,32 +1512,43 @@ def c8(runs):
     rows = {}
     for row in runs["latency"]["rows"]:
         if row["batch"] == 1 and "failed" not in row:
-            rows.setdefault(row["backbone"], []).append(row)
-    growth = lambda key: {b: r[-1][key] / r[0][key] for b, r in rows.items()}
+            rows.setdefault(row["backbone"], {})[row["context"]] = row
+    common = sorted(set.intersection(*(set(r) for r in rows.values())))     # all have these
+    first, last = common[0], common[-1]
+    growth = lambda key: {b: r[last][key] / r[first][key] for b, r in rows.items()}
     times, sizes = growth("median_ms"), growth("state_bytes")
-    parts = {f"{b}: latency times {times[b]:.2f}, at most 1.2": [1.2 - times[b]]
-             for b in rows if b != "gpt"}
-    parts |= {f"{b}: state times {sizes[b]:.0f}, not more than 1": [1.001 - sizes[b]]
-              for b in rows if b != "gpt"}
-    parts |= {f"gpt: latency times {times['gpt']:.1f}, at least 2": [times["gpt"] - 2],
-              f"gpt: state times {sizes['gpt']:.0f}, at least 2": [sizes["gpt"] - 2]}
-    first, last = (rows["gpt"][k]["context"] for k in (0, -1))
-    return dict(parts=parts, tables={f"at {last:,} steps of context, times that at {first:,}": {
-        b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
+    parts = {}
+    for b in rows:
+        if b == "gpt":
+            parts[f"gpt: latency times {times[b]:.1f}, at least 2"] = [times[b] - 2]
+            parts[f"gpt: state times {sizes[b]:.0f}, at least 2"] = [sizes[b] - 2]
+        else:
+            parts[f"{b}: latency times {times[b]:.2f}, at most 1.2"] = [1.2 - times[b]]
+            parts[f"{b}: state times {sizes[b]:.0f}, not more than 1"] = [1.001 - sizes[b]]
+    lines = {b: line(common, *[[r[c]["median_ms"] for c in common]] * 3) for b, r in rows.items()}
+    return dict(parts=parts, curves=[dict(
+        title=f"{runs['latency']['size']}, batch 1", x="context, environment steps",
+        y="ms per step (median)", lines=lines, levels={}, log=True)],
+        tables={f"at {last:,} steps of context, times that at {first:,}": {
+            b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
 
 
 def c9(runs):
     """Environment steps per second over gpt's at 1,600 steps of context, against the batch."""
     rows = {(r["backbone"], r["batch"], r["context"]): r["per_second"]
             for r in runs["throughput"]["rows"] if "failed" not in r}
-    batches = sorted({batch for _, batch, _ in rows})
     longest = max(context for *_, context in rows)
-    names = dict.fromkeys(b for b, *_ in rows if b != "gpt")
+    names = list(dict.fromkeys(b for b, *_ in rows if b != "gpt"))
+    batches = sorted({n for _, n, _ in rows if ("gpt", n, longest) in rows
+                      and all((b, n, 0) in rows for b in names)})           # all have these
     ratio = {b: {n: rows[b, n, 0] / rows["gpt", n, longest] for n in batches} for b in names}
-    parts = {f"{b}: {min(ratio[b].values()):.1f} times gpt's at least, over 1":
-             [min(ratio[b].values()) - 1] for b in names}
-    parts |= {f"{b}: times {ratio[b][batches[-1]] / ratio[b][1]:.1f} from batch 1 to {batches[-1]}":
-              [ratio[b][batches[-1]] / ratio[b][1] - 1] for b in names}
+    parts = {}
+    for b, r in ratio.items():
+        growth = r[batches[-1]] / r[batches[0]]
+        parts[f"{b}: {min(r.values()):.1f} times gpt's at least, more than 1"] = [
+            min(r.values()) - 1]
+        parts[f"{b}: that times {growth:.1f} from batch {batches[0]} to {batches[-1]}, at least 1.2"
+              ] = [growth - 1.2]
     return dict(parts=parts, tables={f"throughput over gpt's at {longest:,} steps of context": {
         b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
 
@@ -1574,7 +1593,7 @@ class Claim:
     beside: str = ""                    # what of the claim is not measured, and why
 
 
-# a second look at a trained agent: flags of eval.py, and the part of its JSON that is kept
+# second looks at a trained agent: flags of eval.py
 THEN = {"trials": "--trials 40 --temperature 0.5",
         "pair": "--trials 40 --temperature 0.5 --context pair --tasks darkroom/heldout",
         "stagger": "--context stagger --episodes 20 --processes 1",
@@ -1593,7 +1612,7 @@ CLAIMS = {
                 "4, 16, 31", c5, tuple(v for v in VARIANTS if v.startswith("dark ")),
                 ("trials", "pair")),
     "C6": Claim("pre-training beats training from scratch when fine-tuned on held-out tasks", "15",
-                c6, tuple(f"{b} {v}" for b in FOUR for v in ("tuned", "scratch"))),
+                c6, tuple(f"{b} {v}" for b in FOUR for v in ("64", "tuned", "scratch"))),
     "C7": Claim("hidden states cluster by domain, the recurrent ones better separated than the "
                 "Transformer's", "5, 34", c7, tuple(f"{b} 64" for b in FOUR), ("embed",)),
     "C8": Claim("recurrent latency and memory do not depend on the context; the Transformer's grow",
@@ -1640,53 +1659,77 @@ def training(name, seed, rates):
             str(run_folder(name, seed).relative_to("runs")), "--seed", str(seed), *words]
 
 
-def call(words, log, threads):
-    """Run one of our programs on so many threads; its output goes to a file. Returns seconds."""
-    started = time.time()
-    here = Path(__file__).parent
+def call(words, log, threads, keep=()):
+    """Run one of our programs on so many threads; command, output and seconds go to a file.
+
+    keep: descriptors that the program inherits.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    here, started = Path(__file__).parent, time.time()
     with open(log, "a") as f:
         f.write(f"$ python {shlex.join(words)}\n")
         f.flush()
-        done = subprocess.run([sys.executable, here / words[0], *words[1:]], stdout=f, stderr=f,
-                              env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        try:
+            done = subprocess.run([sys.executable, here / words[0], *words[1:]], stdout=f, stderr=f,
+                                  env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                                  pass_fds=keep)
+        finally:
+            f.write(f"\n# {words[0]} took {time.time() - started:.1f} seconds\n")
     if done.returncode:
-        tail = log.read_text().replace("\r", "\n").strip().splitlines()[-1:]
+        tail = log.read_text().replace("\r", "\n").strip().splitlines()[-2:-1]
         raise RuntimeError(f"python {shlex.join(words)[:100]} ... failed; its last line: "
                            f"{' '.join(tail)[:300]}; all of it: {log}")
-    return time.time() - started
 
 
 def make_run(command, folder, then, threads):
     """Train, unless it is done, and take each second look that is missing.
 
-    job.json, written last, says that the training is complete, and what it was.
+    job.json, written last, says that the training is complete, and what it was. A lock keeps two
+    programs from making one run; whoever trains holds it, also when its own caller was killed.
     """
+    import fcntl
     from data import write_json
-    note, log = folder / "job.json", folder / "output.txt"
-    if not note.exists():
-        resume = (folder / "checkpoint.pt").exists()
-        if folder.exists() and not resume:              # killed before its first checkpoint
-            shutil.rmtree(folder)
-        log = folder.with_suffix(".txt")                # train.py makes the folder
-        log.parent.mkdir(parents=True, exist_ok=True)
-        seconds = call(command + ["--resume"] * resume, log, threads)
-        log = log.rename(folder / "output.txt")
-        write_json(note, {"command": command, "seconds": seconds, "resumed": resume,
-                          "commit": commit()})
-    made = json.loads(note.read_text())
-    if made["command"] != command:
-        raise RuntimeError(f"{folder} holds another run ({shlex.join(made['command'])[:300]}); "
-                           "delete it to make this one")
-    for name in then:
-        if not (folder / f"{name}.json").exists():
-            words = flags(THEN[name].format(folder=folder))
-            call(["eval.py", "--checkpoint", str(folder / "checkpoint.pt"), "--output",
-                  str(folder / f"{name}.json"), *words], log, threads)
+    note, log = folder / "job.json", folder.with_suffix(".txt")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)            # waits while another program makes it
+        if not note.exists():
+            if "--init-from" in command:
+                base = Path(command[command.index("--init-from") + 1]).parent
+                if not (base / "job.json").exists():
+                    raise RuntimeError(f"{folder} starts from {base}, which is not finished")
+            resume = (folder / "checkpoint.pt").exists()
+            if folder.exists() and not resume:      # killed before its first checkpoint
+                shutil.rmtree(folder)
+            made = {"command": command, "commit": commit(), "threads": threads, "looks": {},
+                    **circumstances()}
+            call(command + ["--resume"] * resume, log, threads, (lock.fileno(),))
+            took = re.findall(r"^# train.py took ([\d.]+) seconds", log.read_text(), re.MULTILINE)
+            write_json(note, {**made, "seconds": sum(map(float, took))})
+        made = json.loads(note.read_text())
+        if made["command"] != command:
+            raise RuntimeError(f"{folder} holds another run ({shlex.join(made['command'])[:300]}); "
+                               "delete it to make this one")
+        for name in then:
+            if made["looks"].get(name) != THEN[name]:
+                words = flags(THEN[name].format(folder=folder))
+                call(["eval.py", "--checkpoint", str(folder / "checkpoint.pt"), "--output",
+                      str(folder / f"{name}.json"), *words], log, threads, (lock.fileno(),))
+                made["looks"][name] = THEN[name]
+                write_json(note, made)
+
+
+def circumstances():
+    """Where and when something is measured."""
+    return {"machine": f"{cpu_name()}, {os.cpu_count()} cores", "torch": str(torch.__version__),
+            "date": time.strftime("%Y-%m-%d")}
 
 
 def make_runs(jobs, args):
     """make_run for each of jobs, args.jobs at a time; {folder: reason} of those that failed."""
     failed = {}
+    if not jobs:
+        return failed
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
         waiting = {pool.submit(make_run, *job, threads): job[1] for job in jobs}
@@ -1703,19 +1746,30 @@ def make_runs(jobs, args):
 
 
 def read_run(name, seed, then=()):
-    """What a finished run left, None if it is not there yet."""
+    """What a finished run left, None if it, or a second look at it, is not there yet."""
     folder = run_folder(name, seed)
-    if not all((folder / f"{part}.json").exists() for part in ("job", *then)):
+    if not (folder / "job.json").exists():
         return None
     read = lambda part: json.loads((folder / f"{part}.json").read_text())
+    made = read("job")
+    if any(made["looks"].get(part) != THEN[part] for part in then):
+        return None
     rows = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "perplexity" in row]
-    run = dict(name=folder.name, config=read("config"), seconds=read("job")["seconds"],
-               commit=read("job").get("commit"), perplexity=rows[-1]["perplexity"],
+    run = dict(name=folder.name, config=read("config"), made=made,
+               perplexity=rows[-1]["perplexity"],
                curve=[(row["step"], row["mean_perplexity"]) for row in rows])
+    numbers = list(run["perplexity"].values())
     if (folder / "scores.json").exists():
         scores = read("scores")
-        run.update(scores=scores["domains"], heldout=scores.get("heldout", {}).get("domains"))
+        run.update(scores=scores["domains"], heldout=scores.get("heldout", {}).get("domains", {}))
+        absent = {*domains_of(run["config"]["tasks"])} - scores["domains"].keys()
+        if absent:
+            raise SystemExit(f"{folder} has no score for {', '.join(absent)} ({scores['failed']}): "
+                             "delete it, and make it where the simulators are")
+        numbers += run["scores"].values()
+    if not np.isfinite(numbers).all():
+        raise SystemExit(f"{folder} has a perplexity or a score that is not finite: it diverged")
     for part in then:
         run[part] = read(part)
         if part == "stagger":
@@ -1724,33 +1778,27 @@ def read_run(name, seed, then=()):
 
 
 def tune(args):
-    """{backbone: learning rate}: for each the one with the lowest perplexity on the mixture.
+    """{backbone: {learning rate: perplexity}} on the mixture, after making the runs that it needs.
 
     One run each at the middle width, with a seed that no comparison uses.
     """
-    names = {(b, rate): f"rate {b} {rate}" for b in FOUR for rate in RATES_TRIED}
-    seed = 100
-    for (b, rate), name in names.items():
-        VARIANTS[name] = trained(b, f"--lr {rate} --episodes 0")
-    if not args.report:
-        make_runs([(training(name, seed, {}), run_folder(name, seed), ())
-                   for name in names.values()], args)
-    runs = {key: read_run(name, seed) for key, name in names.items()}
-    if not all(runs.values()):
-        return None
-    found = {b: {rate: log_perplexity(runs[b, rate]) for rate in RATES_TRIED} for b in FOUR}
-    print("validation perplexity by learning rate: " + "; ".join(
-        f"{b} " + ", ".join(f"{rate:g} {math.exp(x):.2f}" for rate, x in row.items())
-        for b, row in found.items()))
-    return {b: min(row, key=row.get) for b, row in found.items()}
+    if args is not None:
+        failed = make_runs([(training(name, TUNING_SEED, {}), run_folder(name, TUNING_SEED), ())
+                            for name in TUNING.values()], args)
+        if failed:
+            raise SystemExit(f"learning rates cannot be chosen: {next(iter(failed.values()))}")
+    runs = {key: read_run(name, TUNING_SEED) for key, name in TUNING.items()}
+    return {b: {rate: round(math.exp(log_perplexity(runs[b, rate])), 4) for rate in RATES_TRIED}
+            for b in FOUR} if all(runs.values()) else {}
 
 
 def interval(values):
     """Mean and Student's 95 % interval; of a single value the value."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
+    from scipy.stats import t
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
         return mean, mean, mean
-    half = STUDENT[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5)
     return mean, mean - half, mean + half
 
 
@@ -1764,26 +1812,32 @@ def judge(name, runs, missing):
     """The ledger's entry for a claim."""
     claim = CLAIMS[name]
     found = claim.judge(runs)
-    parts, whole = {}, 1 if claim.bench else len(SEEDS)
+    parts, whole = {}, 1 if claim.bench else max(2, len(SEEDS))
     for label, values in found["parts"].items():
         margin = found.get("margins", {}).get(label, claim.margin)
         parts[label] = {"values": [round(v, 5) for v in values], "margin": margin, "verdict":
                         verdict(values, margin) if len(values) == whole else "missing"}
-    verdicts = {part["verdict"] for part in parts.values()}
-    overall = next((v for v in ("missing", "not", "undecided") if v in verdicts), "borne out")
     rounded = {title: {row: {column: [round(v, 5) for v in values]
                              for column, values in cells.items()} for row, cells in table.items()}
                for title, table in found["tables"].items()}
-    return {
-        "claim": claim.text, "figure": claim.figure, "verdict": overall, "parts": parts,
-        "unit": claim.unit, "tables": rounded,
-        "curves": found.get("curves", []), "missing": missing,
-        "seeds": [] if claim.bench else list(SEEDS), "command": f"python bench.py --claim {name}",
-        "minutes": round(sum(run.get("seconds", 0) for run in runs.values()) / 60, 1),
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores", "torch": str(torch.__version__),
-        "date": time.strftime("%Y-%m-%d"),
-        # of the code that trained; it may be another that judges
-        "commit": ", ".join(sorted({run.get("commit") or commit() for run in runs.values()}))}
+    made = [run.get("made", run) for run in runs.values()]      # a mode of bench.py says it itself
+    told = lambda key: ", ".join(sorted({str(m[key]) for m in made}))
+    entry = {
+        "claim": claim.text, "figure": claim.figure, "verdict": overall(parts), "parts": parts,
+        "unit": claim.unit, "tables": rounded, "curves": found.get("curves", []),
+        "missing": missing, "seeds": [] if claim.bench else list(SEEDS),
+        "command": f"python bench.py --claim {name}", "runs": len(runs),
+        "minutes": round(sum(m.get("seconds", 0) for m in made) / 60, 1),
+        **{key: told(key) for key in ("machine", "torch", "date", "commit")}}
+    if any("--lr" not in VARIANTS[v][1] for v in claim.variants):
+        entry["tuning"] = tune(None)
+    return entry
+
+
+def overall(parts):
+    """The verdict of a claim from those of its parts."""
+    verdicts = {part["verdict"] for part in parts.values()}
+    return next((v for v in ("missing", "not", "undecided") if v in verdicts), "borne out")
 
 
 def commit():
@@ -1814,6 +1868,8 @@ def draw_claim(entry, path):
             axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", color="gray", fontsize=8)
         axis.set(title=curve["title"], xlabel=curve["x"], ylabel=curve["y"])
+        if curve.get("log"):
+            axis.set(xscale="log", yscale="log")
         axis.spines[["top", "right"]].set_visible(False)
     if entry["curves"]:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
@@ -1839,18 +1895,21 @@ def draw_claim(entry, path):
     plt.close(figure)
 
 
-def draw_clusters(path, names=("xlstm 64", "gpt 64"), seed=0):
+def draw_clusters(entry, path, names=("xlstm 64", "gpt 64"), seed=0):
     """The hidden states of two trained models, projected; see eval.draw_embeddings."""
     import eval as worlds
     from lram import load_checkpoint, model_from_checkpoint
     panels = {}
     for name in names:
+        if run_folder(name, seed).name in entry["missing"]:
+            continue
         payload = load_checkpoint(run_folder(name, seed) / "checkpoint.pt")
         model = model_from_checkpoint(payload, torch.device("cpu"))
         cards = {t: c for t, c in payload["cards"].items() if not c["heldout"]}
         points, tasks = worlds.embeddings(model, cards, Path("datasets"))
         panels[name] = points, tasks, {"trained": worlds.separation(points, tasks)}
-    worlds.draw_embeddings(panels, path)
+    if panels:
+        worlds.draw_embeddings(panels, path)
 
 
 def said(part, entry, label):
@@ -1889,8 +1948,8 @@ def spread_of(values):
 
 def seeds_needed(values, margin):
     """About how many seeds would decide a part, at the mean and spread that are seen."""
-    distance = abs(np.mean(values) + margin)
-    return math.ceil((2 * np.std(values, ddof=1) / max(distance, 1e-9)) ** 2) + 2
+    distance = max(abs(np.mean(values) + margin), 1e-9)
+    return max(len(values) + 1, math.ceil((2 * np.std(values, ddof=1) / distance) ** 2) + 2)
 
 
 def verdict_in_words(entry):
@@ -1931,8 +1990,12 @@ def claim_details(ledger):
             if entry["seeds"] else f"`{CLAIMS[name].bench}`"
         lines += [f"**{name}.** `{entry['command']}`: {how}; {entry['date']}, {entry['machine']}, "
                   f"torch {entry['torch']}, commit {entry['commit']}.", ""]
-        if not CLAIMS[name].bench:
-            lines += [f"![{name}: {entry['claim']}](figures/{name}.png)", ""]
+        if "tuning" in entry:
+            tried = (f"{b} " + ", ".join(f"{float(rate):g} ({p:.2f})" for rate, p in row.items())
+                     for b, row in entry["tuning"].items())
+            lines += ["Learning rates tried (validation perplexity), each backbone has its best: "
+                      + "; ".join(tried) + ".", ""]
+        lines += [f"![{name}: {entry['claim']}](figures/{name}.png)", ""]
         for title, table in entry["tables"].items():
             columns = list(dict.fromkeys(c for row in table.values() for c in row))
             lines += [f"| {title} | " + " | ".join(columns) + " |",
@@ -1970,7 +2033,10 @@ def readme_with(text, ledger):
 def readme_main():
     """Write README's tables and the pictures of whole runs from figures/results.json."""
     from eval import draw_comparison
-    path, ledger = Path("README.md"), json.loads(LEDGER.read_text())
+    path = Path("README.md")
+    if not (path.exists() and LEDGER.exists()):
+        raise SystemExit(f"--readme writes README.md from {LEDGER}: run it where both are")
+    ledger = json.loads(LEDGER.read_text())
     temporary = Path(f"{path}.tmp")
     temporary.write_text(readme_with(path.read_text(), ledger))
     os.replace(temporary, path)
@@ -1985,59 +2051,79 @@ def claims_main(args):
     unknown = [name for name in args.claim if name not in (*CLAIMS, "all")]
     if unknown:
         raise SystemExit(f"--claim {unknown[0]}: choose from {', '.join(CLAIMS)} or all")
+    if args.jobs < 1:
+        raise SystemExit(f"--jobs {args.jobs}: at least one run at a time")
     names = list(CLAIMS) if "all" in args.claim else list(dict.fromkeys(args.claim))
     failed = {} if args.report else make_claims(names, args)
-    ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    LEDGER.parent.mkdir(exist_ok=True)
     for name in names:
-        claim, runs, missing = CLAIMS[name], {}, []
-        if claim.bench:
-            path = Path(f"runs/claims/{name}.json")
-            if path.exists():
-                result = json.loads(path.read_text())
-                runs[result["mode"]] = result
-        for v, s in itertools.product(claim.variants, SEEDS):
-            if run := read_run(v, s, claim.then):
-                runs[v, s] = run
-            else:
-                missing.append(run_folder(v, s).name)
-        if not runs:
-            print(f"{name}: none of its runs is there; python bench.py --claim {name} makes them")
+        try:
+            runs, missing = read_claim(name)
+            if not runs:
+                print(f"{name}: none of its runs is there; python bench.py --claim {name} makes "
+                      "them")
+                continue
+            entry = judge(name, runs, missing)
+        except SystemExit as refusal:               # the other claims are judged all the same
+            failed[name] = refusal
             continue
-        ledger[name] = judge(name, runs, missing)
-        show_claim(name, ledger[name])
-        if name == "C7":
-            draw_clusters(LEDGER.parent / "C7.png")
-        elif not claim.bench:
-            draw_claim(ledger[name], LEDGER.parent / f"{name}.png")
-        write_json(LEDGER, ledger)
+        show_claim(name, entry)
+        ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+        if len(missing) > len(ledger.get(name, {}).get("missing", missing)):
+            print(f"  {LEDGER} keeps its entry, of which less is missing")
+            continue
+        write_json(LEDGER, {**ledger, name: entry})
+        (draw_clusters if name == "C7" else draw_claim)(entry, LEDGER.parent / f"{name}.png")
     if failed:
-        raise SystemExit(f"{len(failed)} runs failed: {', '.join(map(str, failed))}")
+        raise SystemExit("\n".join(f"{name}: {why}" for name, why in failed.items()))
+
+
+def read_claim(name):
+    """The finished runs of a claim, {(variant, seed): run} or {mode: result}, and what is missing.
+    """
+    claim, runs, missing = CLAIMS[name], {}, []
+    if claim.bench:
+        path = Path(f"runs/claims/{name}.json")
+        result = json.loads(path.read_text()) if path.exists() else {}
+        if result.get("arguments", [])[:-2] == claim.bench.split():     # but --output PATH
+            runs[result["mode"]] = result
+    for v, s in itertools.product(claim.variants, SEEDS):
+        if run := read_run(v, s, claim.then):
+            runs[v, s] = run
+        else:
+            missing.append(run_folder(v, s).name)
+    return runs, missing
 
 
 def make_claims(names, args):
-    """All runs that the claims need and that are not there; {folder: reason} of what failed."""
-    keys = [(v, s) for s in SEEDS for n in names for v in CLAIMS[n].variants]
+    """All runs that the claims need and that are not there; {name: reason} of what failed."""
+    from data import make
     from eval import DOMAINS
-    jobs, home = {}, Path("runs/claims")
-    home.mkdir(parents=True, exist_ok=True)
+    keys = list(dict.fromkeys((v, s) for s in SEEDS for n in names for v in CLAIMS[n].variants))
     tasks = {word for v, _ in keys for word in flags(VARIANTS[v][1])
-             if word.split("/")[0] in DOMAINS}
+             if word.split("/")[0] in DOMAINS} - {"darkroom/heldout"}
     # once, before several runs would all make them
-    for some, more in ((tasks - set(UNSEEN), ()),
-                       (tasks & set(UNSEEN), ("--episodes", str(UNSEEN_EPISODES)))):
-        if some:
-            call(["data.py", "make", *sorted(some), *more], home / "data.txt", os.cpu_count() or 1)
-    rates = tune(args) if any("--lr" not in VARIANTS[v][1] for v, _ in keys) else {}
+    if tasks - set(UNSEEN):
+        make(tasks - set(UNSEEN), "datasets", ("darkroom/heldout",))
+    if tasks & set(UNSEEN):
+        make(tasks & set(UNSEEN), "datasets", episodes=UNSEEN_EPISODES)
+    failed, rates = {}, {}
+    if any("--lr" not in VARIANTS[v][1] for v, _ in keys):
+        rates = {b: min(row, key=row.get) for b, row in tune(args).items()}
     for n in names:
-        if CLAIMS[n].bench and not (home / f"{n}.json").exists():
-            call(["bench.py", *CLAIMS[n].bench.split(), "--output", str(home / f"{n}.json")],
-                 home / f"{n}.txt", 1)
-    for v, s in dict.fromkeys(keys):
+        if CLAIMS[n].bench and not read_claim(n)[0]:
+            try:
+                call(["bench.py", *CLAIMS[n].bench.split(), "--output", f"runs/claims/{n}.json"],
+                     Path(f"runs/claims/{n}.txt"), 1)
+            except RuntimeError as error:
+                failed[n] = error
+    jobs = {}
+    for v, s in keys:
         then = dict.fromkeys(t for n in names if v in CLAIMS[n].variants for t in CLAIMS[n].then)
         jobs[v, s] = training(v, s, rates), run_folder(v, s), tuple(then)
     # what starts from the weights of another comes after it
     second = {key for key in jobs if "--init-from" in VARIANTS[key[0]][1]}
-    failed = make_runs([job for key, job in jobs.items() if key not in second], args)
+    failed |= make_runs([job for key, job in jobs.items() if key not in second], args)
     return failed | make_runs([jobs[key] for key in jobs if key in second], args)
 
 
@@ -2087,6 +2173,8 @@ def main(args):
         return draw(args.draw, args.output or Path("speed.png"))
     if args.claim:
         return claims_main(args)
+    if args.report:
+        raise SystemExit("--report judges claims: add --claim all, or some of C1 to C10")
     if args.readme:
         return readme_main()
     if args.kernels:

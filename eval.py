@@ -1678,7 +1678,7 @@ def play_trials(model, cards, trials=40, target_return=None, temperature=None, s
         distance = make_env(task).goals.sum(1)                  # from (0, 0)
         agent = InContextAgent(model, {**card, "constant_rtg": False}, context,
                                target_return=80.0 if target_return is None else target_return,
-                               temperature=1.0 if temperature is None else temperature, seed=seed)
+                               temperature=0.5 if temperature is None else temperature, seed=seed)
         with tqdm(total=len(distance) * trials * DarkRoom.STEPS, desc=task, unit="step",
                   unit_scale=True, disable=quiet, leave=False) as bar:
             # all rows end together, so that row k plays goal k again and again
@@ -2133,8 +2133,6 @@ def format_separation(scores):
         lines.append(f"{name:<11}{show(s['domains']) + f' ({low} to {high})':<23}"
                      f"{show(s['neighbours']) + ' (' + show(s['chance']) + ')':<31}"
                      f"{show(s['tasks'])}")
-
-
     return "\n".join(lines)
 
 
@@ -2292,6 +2290,17 @@ def show_world(args):
     return record_video(make_policy, task, args.video, args.seed, limit)
 
 
+def show_trials(args, model, cards):
+    """--trials: the table of play_trials, and its returns as JSON with --output."""
+    try:
+        played = play_trials(model, cards, args.trials, args.target_return, args.temperature,
+                             args.seed, args.context)
+    except ValueError as error:
+        raise SystemExit(f"--trials: {error}") from None
+    print(format_trials(played))
+    write_scores(played, args.output)
+
+
 def show_inside(args, model, cards, options):
     """--inspect or --embed: a picture, and its numbers on stdout (and as JSON with --output)."""
     task, card = next(iter(cards.items()))
@@ -2315,9 +2324,7 @@ def show_inside(args, model, cards, options):
                 "95 %, tasks redrawn; neighbour: the nearest window of another task\n"
                 + format_separation(summary))
     print(f"{text}\nwrote {path}")
-    if args.output:
-        summary = {"backbone": model.config.backbone, **summary}
-        args.output.write_text(json.dumps(summary, indent=1))
+    write_scores({"backbone": model.config.backbone, **summary}, args.output)
 
 
 @dataclass
@@ -2335,7 +2342,7 @@ class Args:
     """Acting beyond training's windows, see lram.Agent (default: carry; gpt: stagger); with
     --trials carry or pair, see lram.InContextAgent (default: carry; gpt: pair)."""
     temperature: float | None = None
-    """0 acts greedily (the default); above, actions are sampled (with --trials 1)."""
+    """0 acts greedily (the default); above, actions are sampled (the default of --trials: 0.5)."""
     target_return: float | None = None
     """Return to ask for, in raw reward (default: each task's own, the maximum in its data; with
     --trials 80, the paper's)."""
@@ -2506,6 +2513,12 @@ def main(args):
         return
     if args.output:                                         # or it fails after all the work
         args.output.parent.mkdir(parents=True, exist_ok=True)
+    chosen = [flag for flag in ("trials", "inspect", "embed", "export", "video", "compare")
+              if getattr(args, flag)]
+    if len(chosen) > 1 or args.fast and {"trials", "inspect", "embed"} & {*chosen}:
+        raise SystemExit(f"--{' --'.join(chosen + ['fast'] * args.fast)}: one at a time")
+    if args.trials < 0:
+        raise SystemExit(f"--trials {args.trials}: at least 1")
     if args.compare:
         return compare(args.compare, args.output)
     if args.policy != "agent":
@@ -2533,13 +2546,7 @@ def main(args):
         context=args.context, temperature=args.temperature, target_return=args.target_return
     )
     if args.trials:
-        try:
-            played = play_trials(model, cards, args.trials, args.target_return, args.temperature,
-                                 args.seed, args.context)
-        except ValueError as error:
-            raise SystemExit(f"--trials: {error}") from None
-        print(format_trials(played))
-        return write_scores(played, args.output)
+        return show_trials(args, model, cards)
     options["temperature"] = args.temperature or 0.0
     if args.context == "pair":
         raise SystemExit("--context pair is for --trials; choose carry, window or stagger")

@@ -107,6 +107,8 @@ class Config:
                       "slstm": everywhere}.get(self.backbone, ())
         self.slstm_at = tuple(default_at if self.slstm_at is None else self.slstm_at)
         self.tokens, self.cnn = tuple(self.tokens), tuple(self.cnn)
+        if self.bins < 2:
+            raise ValueError(f"bins {self.bins}: an action needs at least 2")
         if any(layer not in everywhere for layer in self.slstm_at):
             raise ValueError(f"slstm_at {self.slstm_at}: "
                              f"layers are numbered 0 to {self.layers - 1}")
@@ -259,7 +261,7 @@ class LRAM(nn.Module):
         """One environment step for B environments: the chunk of one step, through the state.
 
         obs (B, S) or (B, 1, 64, 64), reward, rtg (B,), last_action (B, A); done (B,) restarts rows
-        first. Returns logits (B, A, 256) or (B, 18) and the new state.
+        first. Returns logits (B, A, bins) or (B, 18) and the new state.
         """
         if done is not None and state is not None:
             state = self.backbone.reset(state, done)
@@ -294,7 +296,7 @@ def part_of_head(head, rows):
 
 
 def action_to_bin(action, bins=BINS):
-    """Continuous actions in [-1, 1] -> bins 0 to 255, uniform. Any shape, tensor or array."""
+    """Continuous actions in [-1, 1] -> bins 0 to bins - 1, uniform. Any shape, tensor or array."""
     return ((action + 1) * (bins / 2)).clip(0, bins - 1).astype(np.int64) \
         if isinstance(action, np.ndarray) \
         else ((action + 1) * (bins / 2)).clamp(0, bins - 1).long()
@@ -546,7 +548,7 @@ class Controller(nn.Module):
 
     An Agent's greedy policy as a function of tensors, for one environment of its task. obs (1, S)
     float32 or (1, 1, 64, 64) uint8, as the world gives it; reward (1,) float32, raw, of the step
-    before (0 at first). Returns the action, float32 (1, A) or int64 (1,), the logits (1, A, 256) or
+    before (0 at first). Returns the action, float32 (1, A) or int64 (1,), logits (1, A, bins) or
     (1, n), and the new state; `start` is the state in which an episode begins. A state is a list:
     return-to-go over the reward scale (1,), steps so far (1,), the last action's rows (1, A), then
     the backbone's tensors.

@@ -161,6 +161,8 @@ def resolve(args):
     column = 0 if args.size == "tiny" else 1
     chosen = {key: values[column] for key, values in SETTINGS.items() if getattr(args, key) is None}
     args = dataclasses.replace(args, **chosen)
+    if args.align < 1:
+        raise SystemExit(f"--align {args.align}: windows begin at multiples of at least 1 step")
     if args.image_context > args.context:
         args = dataclasses.replace(args, image_context=args.context)
     every = args.validate_every or max(1, math.ceil(args.steps / 6))
@@ -174,6 +176,8 @@ def resolve(args):
 def run_folder(args):
     """runs/<name>: a fresh one, or with --resume the newest that has a checkpoint."""
     base = args.name or (args.backbone if args.size == "tiny" else f"{args.backbone}-{args.size}")
+    if Path(base).is_absolute() or ".." in Path(base).parts or not Path(base).name:
+        raise SystemExit(f"--name {base}: give the name of a folder below runs/")
     parent, base = (Path("runs") / base).parent, Path(base).name
     number = lambda path: int(path.name[len(base) + 1:] or 1)               # "mlstm-3" -> 3
     existing = [path for path in parent.glob(f"{glob.escape(base)}*")
