@@ -1880,10 +1880,9 @@ def draw_claim(entry, path):
         for k, column in enumerate(columns):
             places = [(y + (k - (len(columns) - 1) / 2) * 0.7 / len(columns), row[column])
                       for y, row in enumerate(table.values()) if row.get(column)]
+            reach = np.array([[np.mean(v) - min(v), max(v) - np.mean(v)] for _, v in places])
             axis.errorbar([np.mean(v) for _, v in places], [y for y, _ in places],
-                          xerr=np.array([[np.mean(v) - min(v), max(v) - np.mean(v)]
-                                         for _, v in places]).T.reshape(2, -1),
-                          fmt="o", capsize=2, label=column)
+                          xerr=reach.clip(min=0).T.reshape(2, -1), fmt="o", capsize=2, label=column)
         axis.set_yticks(range(len(table)), table)
         axis.invert_yaxis()
         axis.set(xlabel=f"{title} (mean and range of the seeds)")

@@ -2495,6 +2495,14 @@ def choose_cards(cards, tasks):
     return chosen or cards
 
 
+def list_tasks():
+    """--list: every task, whether it is held out, what it needs."""
+    for task in all_tasks():
+        domain, name = split_task(task)
+        print(f"{task:<50}{'held out' if name in domain.heldout else '':<10}"
+              f"{install_line(task) or 'available'}")
+
+
 def write_scores(scores, path):
     """As JSON, if there is a path, whole or not at all."""
     if path:
@@ -2506,11 +2514,7 @@ def write_scores(scores, path):
 def main(args):
     """See the opening of this file."""
     if args.list:
-        for task in all_tasks():
-            domain, name = split_task(task)
-            print(f"{task:<50}{'held out' if name in domain.heldout else '':<10}"
-                  f"{install_line(task) or 'available'}")
-        return
+        return list_tasks()
     if args.output:                                         # or it fails after all the work
         args.output.parent.mkdir(parents=True, exist_ok=True)
     chosen = [flag for flag in ("trials", "inspect", "embed", "export", "video", "compare")
