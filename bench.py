@@ -1325,9 +1325,9 @@ def paired(runs, value, better, worse):
     return [value(runs[better, s]) - value(runs[worse, s]) for s in seeds]
 
 
-def by_variant(runs, value, variants):
-    """{variant: values, one per seed}: a row of a table."""
-    return {v: [value(runs[v, s]) for s in SEEDS if (v, s) in runs] for v in variants}
+def of_seeds(runs, value, variant):
+    """A cell of a table: the value of each seed that is there."""
+    return [value(runs[variant, s]) for s in SEEDS if (variant, s) in runs]
 
 
 def over_widths(runs, value, better, worse):
@@ -1338,7 +1338,7 @@ def over_widths(runs, value, better, worse):
 
 def at_width(runs, value, width):
     """A row of a table: {backbone: values} at this width."""
-    return {b: by_variant(runs, value, [f"{b} {width}"])[f"{b} {width}"] for b in FOUR}
+    return {b: of_seeds(runs, value, f"{b} {width}") for b in FOUR}
 
 
 def domains_of(tasks):
@@ -1396,7 +1396,7 @@ def c3(runs):
         parts[f"{b}: without actions over with"] = paired(runs, smooth, f"{b} 64", f"{b} actions")
         for d in domains_of(MIXTURE):
             value = lambda run: run["scores"][d]
-            table[f"{b}, {d}"] = {name: by_variant(runs, value, [v])[v] for name, v in (
+            table[f"{b}, {d}"] = {name: of_seeds(runs, value, v) for name, v in (
                 ("without actions", f"{b} 64"), ("with actions", f"{b} actions"))}
     return dict(parts=parts, tables={"score": table,
                                      "how much consecutive actions of the data differ":
@@ -1425,7 +1425,7 @@ def c4(runs):
         parts[f"{b}: C 60 over C 1"] = paired(runs, value, f"{b} C 60", f"{b} C 1")
         for d in ("mean", *domains_of(MIXTURE)):
             part = lambda run: run["stagger"][d]
-            table[f"{b}, {d}"] = {f"C {c}": by_variant(runs, part, [v])[v] for c, v in (
+            table[f"{b}, {d}"] = {f"C {c}": of_seeds(runs, part, v) for c, v in (
                 (1, f"{b} C 1"), (5, f"{b} C 5"), (20, f"{b} 64"), (60, f"{b} C 60"))}
     return dict(parts=parts, tables={"score": table})
 
@@ -1454,7 +1454,7 @@ def c5(runs):
              "last 10, one episode remembered":
                  lambda run: float(np.mean(np.array(run["pair"]["darkroom/heldout"]["returns"])
                                            [:, -10:]) / run["pair"]["darkroom/heldout"]["optimal"])}
-    table = {v[5:]: {name: by_variant(runs, value, [v])[v] for name, value in cells.items()}
+    table = {v[5:]: {name: of_seeds(runs, value, v) for name, value in cells.items()}
              for v in variants}
     return dict(parts=parts, tables={"return over the optimum, held-out goals": table},
                 curves=[trial_curves(runs, variants, goals, title) for goals, title in (
@@ -1487,8 +1487,8 @@ def c6(runs):
     """Unseen tasks, 5 % of their trajectories: from the pre-trained weights, and from scratch."""
     parts = {f"{b}: pre-trained over scratch":
              paired(runs, mean_score, f"{b} tuned", f"{b} scratch") for b in FOUR}
-    table = {b: {"pre-trained": by_variant(runs, mean_score, [f"{b} tuned"])[f"{b} tuned"],
-                 "from scratch": by_variant(runs, mean_score, [f"{b} scratch"])[f"{b} scratch"]}
+    table = {b: {"pre-trained": of_seeds(runs, mean_score, f"{b} tuned"),
+                 "from scratch": of_seeds(runs, mean_score, f"{b} scratch")}
              for b in FOUR}
     return dict(parts=parts, tables={"score on the unseen tasks": table})
 
@@ -1500,7 +1500,7 @@ def c7(runs):
     parts = {"xlstm over gpt": paired(runs, silhouette("trained"), "xlstm 64", "gpt 64")}
     for b in ("xlstm", "gpt"):
         gain = lambda run: silhouette("trained")(run) - silhouette("untrained")(run)
-        parts[f"{b}: trained over untrained"] = by_variant(runs, gain, [f"{b} 64"])[f"{b} 64"]
+        parts[f"{b}: trained over untrained"] = of_seeds(runs, gain, f"{b} 64")
     table = {of: at_width(runs, silhouette(of), 64) for of in ("trained", "untrained", "raw input")}
     neighbour = lambda run: run["embed"]["trained"]["neighbours"]
     table["trained: nearest window of another task is of the same domain"] = at_width(
@@ -1573,8 +1573,8 @@ def c10(runs):
             "mlstm, tokens s": "mlstm s", "gpt, tokens s": "gpt s"}
     perplexity = lambda run: math.exp(log_perplexity(run))
     return dict(parts=parts, margins={dropout: 0.0}, tables={"score and perplexity": {
-        name: {"score": by_variant(runs, mean_score, [v])[v],
-               "validation perplexity": by_variant(runs, perplexity, [v])[v]}
+        name: {"score": of_seeds(runs, mean_score, v),
+               "validation perplexity": of_seeds(runs, perplexity, v)}
         for name, v in rows.items()}})
 
 
@@ -1886,7 +1886,7 @@ def draw_claim(entry, path):
                           xerr=reach.clip(min=0).T.reshape(2, -1), fmt="o", capsize=2, label=column)
         axis.set_yticks(range(len(table)), table)
         axis.invert_yaxis()
-        axis.set(xlabel=f"{title} (mean and range of the seeds)")
+        axis.set(xlabel=title + " (mean and range of the seeds)" * bool(entry["seeds"]))
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
