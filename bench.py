@@ -1614,7 +1614,7 @@ CLAIMS = {
                 ("trials", "pair")),
     "C6": Claim("pre-training beats training from scratch when fine-tuned on held-out tasks", "15",
                 c6, tuple(f"{b} {v}" for b in FOUR for v in ("64", "tuned", "scratch"))),
-    "C7": Claim("hidden states cluster by domain, the recurrent ones better separated than the "
+    "C7": Claim("hidden states cluster by domain, xLSTM's better separated than the "
                 "Transformer's", "5, 34", c7, tuple(f"{b} 64" for b in FOUR), ("embed",)),
     "C8": Claim("recurrent latency and memory do not depend on the context; the Transformer's grow",
                 "6", c8, bench="--latency --size 16m --backbones mlstm mamba gpt --seconds 3 "

@@ -387,11 +387,7 @@ class Agent:
         if not self.card["constant_rtg"]:
             self.rtg = self.rtg - reward
         self.rtg = np.where(done, self.target, self.rtg).astype(np.float32)
-        width = max(self.action_dims, 1)
-        last = np.full((len(done), width), -1) if self.last_action is None else self.last_action
-        last = np.where(done[:, None], -1, last)
-        obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
-        inputs = [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
+        inputs = self._inputs(obs, reward, done)
         run = {"carry": self._carry, "window": self._window, "stagger": self._stagger}[self.context]
         # without a row to restart, the state need not be copied (a fifth of a small batch's time);
         # the compiled policy restarts rows inside its one function
@@ -400,6 +396,16 @@ class Agent:
         action = self._decode(self.logits)
         self.last_action = action_rows(action, self.config.bins)
         return action
+
+    def _inputs(self, obs, reward, fresh):
+        """What the model reads, as tensors: observation, reward, return-to-go, last action (-1
+        where there is none, and in the rows `fresh`).
+        """
+        shape = len(reward), max(self.action_dims, 1)
+        last = np.full(shape, -1) if self.last_action is None else self.last_action
+        last = np.where(fresh[:, None], -1, last)
+        obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
+        return [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
 
     def as_seen(self, reward):
         """Raw rewards -> the model's: clipped for Atari, over the domain's scale, float32."""
@@ -489,10 +495,7 @@ class InContextAgent(Agent):
         if done.any():
             self._read_again(reward)
             self.rtg = np.full_like(self.rtg, self.target)
-        last = np.full((len(done), max(self.action_dims, 1)), -1) \
-            if self.last_action is None else self.last_action
-        obs = prepare_states(np.asarray(obs), self.card, self.config.standardise)
-        step = [torch.as_tensor(x, device=self.device) for x in (obs, reward, self.rtg, last)]
+        step = self._inputs(obs, reward, np.zeros_like(done))   # an action outlives its episode
         self.seen.append(step)
         self.logits, self.state = self.model.act(*step[:3], self.action_dims, step[3], self.state)
         action = self._decode(self.logits)
