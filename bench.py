@@ -1930,9 +1930,9 @@ def show_claim(name, entry):
     for title, table in entry["tables"].items():
         columns = list(dict.fromkeys(c for row in table.values() for c in row))
         print(f"  {title}; mean (range of the seeds)\n  {'':<44}"
-              + "".join(f"{c:>24}" for c in columns))
+              + "".join(f"{c:>26}" for c in columns))
         for row, cells in table.items():
-            print(f"  {row:<44}" + "".join(f"{spread_of(cells.get(c)):>24}" for c in columns))
+            print(f"  {row:<44}" + "".join(f"{spread_of(cells.get(c)):>26}" for c in columns))
     if entry["missing"]:
         print(f"  missing runs: {', '.join(entry['missing'])}")
     print(f"  verdict: {entry['verdict']}  ({entry['minutes']} minutes of training)")
