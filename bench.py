@@ -1550,8 +1550,16 @@ def c9(runs):
             min(r.values()) - 1]
         parts[f"{b}: that times {growth:.1f} from batch {batches[0]} to {batches[-1]}, at least 1.2"
               ] = [growth - 1.2]
-    return dict(parts=parts, tables={f"throughput over gpt's at {longest:,} steps of context": {
-        b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
+    lines = {}
+    for b, _, context in rows:
+        own = {n: x for (name, n, c), x in rows.items() if (name, c) == (b, context)}
+        lines[f"gpt at {context:,} steps" if b == "gpt" else b] = \
+            line(own, *[list(own.values())] * 3)
+    return dict(parts=parts, curves=[dict(
+        title=runs["throughput"]["size"], x="agents side by side (batch)",
+        y="environment steps per second", lines=lines, levels={}, log=True)],
+        tables={f"throughput over gpt's at {longest:,} steps of context": {
+            b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
 
 
 def c10(runs):
@@ -1571,11 +1579,13 @@ def c10(runs):
             "mlstm, dropout": "mlstm dropout", "gpt": "gpt 64", "gpt, dropout": "gpt dropout",
             "mlstm, tokens r,s": "mlstm r,s", "gpt, tokens r,s": "gpt r,s",
             "mlstm, tokens s": "mlstm s", "gpt, tokens s": "gpt s"}
-    perplexity = lambda run: math.exp(log_perplexity(run))
-    return dict(parts=parts, margins={dropout: 0.0}, tables={"score and perplexity": {
-        name: {"score": of_seeds(runs, mean_score, v),
-               "validation perplexity": of_seeds(runs, perplexity, v)}
-        for name, v in rows.items()}})
+    scores = {"mean over domains": mean_score,
+              **{d: partial(mean_score, domains=[d]) for d in domains_of(MIXTURE)}}
+    perplexity = {"mean over domains": lambda run: math.exp(log_perplexity(run))}
+    return dict(parts=parts, margins={dropout: 0.0}, tables={
+        title: {name: {c: of_seeds(runs, value, v) for c, value in columns.items()}
+                for name, v in rows.items()}
+        for title, columns in (("score", scores), ("validation perplexity", perplexity))})
 
 
 @dataclass(frozen=True)
@@ -1759,7 +1769,7 @@ def read_run(name, seed, then=()):
     rows = [row for row in rows if "perplexity" in row]
     run = dict(name=folder.name, config=read("config"), made=made,
                perplexity=rows[-1]["perplexity"],
-               curve=[(row["step"], row["mean_perplexity"]) for row in rows])
+               curve=[(row["step"], math.exp(log_perplexity(row))) for row in rows])
     numbers = list(run["perplexity"].values())
     if (folder / "scores.json").exists():
         scores = read("scores")
