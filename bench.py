@@ -1236,7 +1236,7 @@ RATES_TRIED = (1e-3, 2e-3, 4e-3)        # learning rates; each backbone is given
 LITTLE = 0.05                           # of the expert's score: the margin of "as well", "little"
 
 # The mixture of all comparisons but in-context learning: no pictures, so that a run takes minutes;
-# memory (Dark-Room: where was the reward?) beside smooth control.
+# a discrete world that asks for the last reward (Dark-Room) beside smooth control.
 MIXTURE = ("darkroom/train", "metaworld/reach-v3", "metaworld/door-open-v3",
            "metaworld/drawer-close-v3", "metaworld/button-press-topdown-v3",
            "metaworld/window-open-v3", "dmcontrol/cartpole-swingup", "dmcontrol/point_mass-easy",
@@ -1366,7 +1366,7 @@ def c1(runs):
             y = np.array([[p for _, p in curve][1:] for curve in curves])
             lines[b] = line([step for step, _ in curves[0]][1:], y.mean(0), y.min(0), y.max(0))
     curve = dict(title=f"D {WIDTHS[-1]}, mean and range of the seeds", x="optimizer step",
-                 y="validation perplexity", lines=lines, levels={})
+                 y="validation perplexity (geometric mean of domains)", lines=lines, levels={})
     return dict(parts=parts, tables={"validation perplexity": table}, curves=[curve])
 
 
@@ -1404,7 +1404,7 @@ def c3(runs):
 
 
 def action_changes(root="datasets"):
-    """{domain: mean squared difference of consecutive actions, or share of changes}, per task."""
+    """{domain, and what: how much consecutive actions differ}, the mean over a domain's tasks."""
     from data import find_folder, open_trajectory, load_card
     rows = {}
     for task in MIXTURE:
@@ -1414,8 +1414,10 @@ def action_changes(root="datasets"):
             discrete = np.issubdtype(actions.dtype, np.integer)
             values.append(np.mean(actions[1:] != actions[:-1]) if discrete else
                           np.mean(np.diff(actions, axis=0) ** 2))
-        rows.setdefault(task.split("/")[0], []).append(float(np.mean(values)))
-    return {d: {"mean over tasks": [float(np.mean(v))]} for d, v in rows.items()}
+        row = f"{task.split('/')[0]}, " + ("share of steps with another action" if discrete else
+                                           "mean squared difference")
+        rows.setdefault(row, []).append(float(np.mean(values)))
+    return {row: {"mean over tasks": [float(np.mean(v))]} for row, v in rows.items()}
 
 
 def c4(runs):
@@ -1528,7 +1530,7 @@ def c8(runs):
             parts[f"{b}: state times {sizes[b]:.0f}, not more than 1"] = [1.001 - sizes[b]]
     lines = {b: line(common, *[[r[c]["median_ms"] for c in common]] * 3) for b, r in rows.items()}
     return dict(parts=parts, curves=[dict(
-        title=f"{runs['latency']['size']}, batch 1", x="context, environment steps",
+        title=f"{runs['latency']['size']}, batch 1, {runs['latency']['machine']}", x="context, environment steps",
         y="ms per step (median)", lines=lines, levels={}, log=True)],
         tables={f"at {last:,} steps of context, times that at {first:,}": {
             b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
@@ -1553,10 +1555,10 @@ def c9(runs):
     lines = {}
     for b, _, context in rows:
         own = {n: x for (name, n, c), x in rows.items() if (name, c) == (b, context)}
-        lines[f"gpt at {context:,} steps" if b == "gpt" else b] = \
+        lines[f"{b}, {f'{context:,} steps of' if context else 'any'} context"] = \
             line(own, *[list(own.values())] * 3)
     return dict(parts=parts, curves=[dict(
-        title=runs["throughput"]["size"], x="agents side by side (batch)",
+        title=f"{runs['throughput']['size']}, {runs['throughput']['machine']}", x="agents side by side (batch)",
         y="environment steps per second", lines=lines, levels={}, log=True)],
         tables={f"throughput over gpt's at {longest:,} steps of context": {
             b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
@@ -1575,7 +1577,7 @@ def c10(runs):
         parts[f"tokens {tokens}: mlstm over gpt"] = difference(f"mlstm {tokens}", f"gpt {tokens}")
     rows = {"[1:0] (mlstm)": base, **ratios, "mlstm, half the layers": "mlstm half",
             "mlstm, 2 heads": "mlstm 2 heads", "mlstm, 8 heads": "mlstm 8 heads",
-            "mlstm, 64 bins (perplexity among 64)": "mlstm 64 bins",
+            "mlstm, 64 bins": "mlstm 64 bins",
             "mlstm, dropout": "mlstm dropout", "gpt": "gpt 64", "gpt, dropout": "gpt dropout",
             "mlstm, tokens r,s": "mlstm r,s", "gpt, tokens r,s": "gpt r,s",
             "mlstm, tokens s": "mlstm s", "gpt, tokens s": "gpt s"}
@@ -1871,7 +1873,7 @@ def draw_claim(entry, path):
         for name, points in curve["lines"].items():
             own = "data" in name                            # what was learned from, not a result
             axis.plot(points["x"], points["y"], label=name, color="black" if own else None,
-                      linestyle=":" if own else "-")
+                      linestyle=":" if own else "-", marker="o" if len(points["x"]) < 12 else "")
             axis.fill_between(points["x"], points["low"], points["high"], alpha=0.1,
                               color="black" if own else axis.lines[-1].get_color(), linewidth=0)
         for name, level in curve["levels"].items():
@@ -1898,9 +1900,9 @@ def draw_claim(entry, path):
         axis.invert_yaxis()
         axis.set(xlabel=title + " (mean and range of the seeds)" * bool(entry["seeds"]))
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncol=4, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        figure.set_size_inches(7.5, max(2.6, 0.42 * len(table) + 1.2))
+        figure.set_size_inches(7.5, max(2.6, 0.42 * len(table) + 1.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -1929,7 +1931,8 @@ def said(part, entry, label):
     mean, low, high = interval(part["values"])
     if low == high:                             # one value, in the label
         return label
-    return f"{label} {mean:+.3f}{entry['unit']} ({low:+.3f} to {high:+.3f})"
+    margin = f", margin {part['margin']:g}" * bool(part["margin"])
+    return f"{label} {mean:+.3f}{entry['unit']} ({low:+.3f} to {high:+.3f}{margin})"
 
 
 def show_claim(name, entry):
@@ -1980,9 +1983,8 @@ def claims_table(ledger):
              "verdict |", "|---|---|---|---|---|"]
     for name, claim in CLAIMS.items():
         entry = ledger.get(name)
-        here = "; ".join(said(part, entry, label) + ("" if part["verdict"] == "borne out" else
-                                                     f" [{part['verdict']}]")
-                         for label, part in entry["parts"].items()) if entry else "not measured yet"
+        here = "; ".join(f"{said(part, entry, label)} [{part['verdict']}]" for label, part
+                         in entry["parts"].items()) if entry else "not measured yet"
         here += f"; {claim.beside}" * bool(claim.beside)
         lines.append(f"| {name}: {claim.text} | {claim.figure} | `--claim {name}` | {here} | "
                      f"{verdict_in_words(entry) if entry else 'missing'} |")

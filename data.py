@@ -53,7 +53,7 @@ import zlib
 from collections import Counter, OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal
 
@@ -2267,6 +2267,7 @@ class Mixture:
             p = rows["length"] / rows["length"].sum()
             self.cumulative[domain] = p.cumsum() / p.sum()
 
+    @cached_property
     def fingerprint(self):
         """What is trained on, in 16 letters: tasks, their cards (which hold the statistics of the
         data), names and lengths of all trajectories.

@@ -417,7 +417,7 @@ def save(run, step):
         "model": run.model.state_dict(), "model_config": dataclasses.asdict(run.model.config),
         "cards": run.mixture.cards, "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "step": step, "rng": rng, "args": args,
-        "data": run.mixture.fingerprint(),
+        "data": run.mixture.fingerprint,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
 
@@ -628,7 +628,7 @@ def main(args):
     mixture = data.Mixture(args.data_root, tasks, heldout, args.standardise, args.on_bad,
                            args.top_fraction, args.align)
     data_seconds = time.perf_counter() - started
-    if saved and saved.get("data", mixture.fingerprint()) != mixture.fingerprint():
+    if saved and saved.get("data", mixture.fingerprint) != mixture.fingerprint:
         raise SystemExit(f"the trajectories below {args.data_root} are not those that the run was "
                          "interrupted on: restore them, or start a new --name")
 
@@ -649,7 +649,7 @@ def main(args):
         torch.manual_seed(args.seed + 1_000_003 * (first_step + rank))
     if not rank:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {**dataclasses.asdict(args), "data": mixture.fingerprint(),
+        config = {**dataclasses.asdict(args), "data": mixture.fingerprint,
                   "backbone_parameters": count_parameters(model.backbone)}
         (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
