@@ -1530,8 +1530,8 @@ def c8(runs):
             parts[f"{b}: state times {sizes[b]:.0f}, not more than 1"] = [1.001 - sizes[b]]
     lines = {b: line(common, *[[r[c]["median_ms"] for c in common]] * 3) for b, r in rows.items()}
     return dict(parts=parts, curves=[dict(
-        title=f"{runs['latency']['size']}, batch 1, {runs['latency']['machine']}", x="context, environment steps",
-        y="ms per step (median)", lines=lines, levels={}, log=True)],
+        title=f"{runs['latency']['size']}, batch 1, {runs['latency']['machine']}",
+        x="context, environment steps", y="ms per step (median)", lines=lines, levels={}, log=True)],
         tables={f"at {last:,} steps of context, times that at {first:,}": {
             b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
 
@@ -1558,8 +1558,8 @@ def c9(runs):
         lines[f"{b}, {f'{context:,} steps of' if context else 'any'} context"] = \
             line(own, *[list(own.values())] * 3)
     return dict(parts=parts, curves=[dict(
-        title=f"{runs['throughput']['size']}, {runs['throughput']['machine']}", x="agents side by side (batch)",
-        y="environment steps per second", lines=lines, levels={}, log=True)],
+        title=f"{runs['throughput']['size']}, {runs['throughput']['machine']}",
+        x="agents side by side (batch)", y="environment steps per second", lines=lines, levels={}, log=True)],
         tables={f"throughput over gpt's at {longest:,} steps of context": {
             b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
 
@@ -1577,8 +1577,8 @@ def c10(runs):
         parts[f"tokens {tokens}: mlstm over gpt"] = difference(f"mlstm {tokens}", f"gpt {tokens}")
     rows = {"[1:0] (mlstm)": base, **ratios, "mlstm, half the layers": "mlstm half",
             "mlstm, 2 heads": "mlstm 2 heads", "mlstm, 8 heads": "mlstm 8 heads",
-            "mlstm, 64 bins": "mlstm 64 bins",
-            "mlstm, dropout": "mlstm dropout", "gpt": "gpt 64", "gpt, dropout": "gpt dropout",
+            "mlstm, 64 bins": "mlstm 64 bins", "mlstm, dropout": "mlstm dropout",
+            "gpt": "gpt 64", "gpt, dropout": "gpt dropout",
             "mlstm, tokens r,s": "mlstm r,s", "gpt, tokens r,s": "gpt r,s",
             "mlstm, tokens s": "mlstm s", "gpt, tokens s": "gpt s"}
     scores = {"mean over domains": mean_score,
