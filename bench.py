@@ -1531,7 +1531,8 @@ def c8(runs):
     lines = {b: line(common, *[[r[c]["median_ms"] for c in common]] * 3) for b, r in rows.items()}
     return dict(parts=parts, curves=[dict(
         title=f"{runs['latency']['size']}, batch 1, {runs['latency']['machine']}",
-        x="context, environment steps", y="ms per step (median)", lines=lines, levels={}, log=True)],
+        x="context, environment steps", y="ms per step (median)",
+        lines=lines, levels={}, log=True)],
         tables={f"at {last:,} steps of context, times that at {first:,}": {
             b: {"latency": [times[b]], "state": [sizes[b]]} for b in rows}})
 
@@ -1559,7 +1560,8 @@ def c9(runs):
             line(own, *[list(own.values())] * 3)
     return dict(parts=parts, curves=[dict(
         title=f"{runs['throughput']['size']}, {runs['throughput']['machine']}",
-        x="agents side by side (batch)", y="environment steps per second", lines=lines, levels={}, log=True)],
+        x="agents side by side (batch)", y="environment steps per second",
+        lines=lines, levels={}, log=True)],
         tables={f"throughput over gpt's at {longest:,} steps of context": {
             b: {f"batch {n}": [x] for n, x in ratio[b].items()} for b in names}})
 
