@@ -4,7 +4,6 @@ shows them.
     python data.py make                     # the default mixture, into datasets/ (about a minute)
     python data.py make laptop              # 18 tasks of all seven domains (about 5 minutes)
     python data.py make metaworld/push-v3 --episodes 50
-    python data.py make gym:CartPole-v1     # any world of gymnasium's, with a searched policy
     python data.py make darkroom/histories  # how 80 agents learn, for in-context learning
     python data.py pack datasets            # one file per task, for many or long trajectories
     python data.py convert d4rl hopper.hdf5 --task mujoco/hopper    # public data of other formats
@@ -38,7 +37,6 @@ Not included: data sets that are spread over several machines.
 
 import contextlib
 import difflib
-import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -48,12 +46,10 @@ import re
 import shlex
 import stat
 import sys
-import zipfile
-import zlib
 from collections import Counter, OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal
 
@@ -63,7 +59,6 @@ import numpy as np
 import tyro
 
 from eval import (
-    ATARI_STEPS,
     DOMAINS,
     TABLE,
     DarkRoom,
@@ -105,7 +100,6 @@ LARGEST = 2 ** 33                       # bytes of an array in a file: two milli
 CARD = ("task", "domain", "observation", "action", "reward_scale", "constant_rtg", "target_return",
         "reference_score", "random_score")      # what every card has
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
-SEARCH_SEED = 2_800_000         # and on, of the episodes on which policies are searched for
 HISTORY = 1000                  # episodes of a learning history, the paper's 100,000 steps
 
 
@@ -875,99 +869,6 @@ class PlannedControl:
         self.actions = np.tensordot(weight / weight.sum(), tried, axes=1)         # (H, nu)
 
 
-# --------------------------------------------------------------------------------- searched policy
-def polynomial(obs, mean, std, degree):
-    """(S,) -> 1, the standardised numbers z, and at degree 2 their products too."""
-    z = (obs - mean) / std
-    products = np.outer(z, z)[np.triu_indices(len(z))] if degree == 2 else []
-    return np.concatenate([[1.0], z, products])
-
-
-def play_linear(env, policy, seed):
-    """An episode of the policy (weights (A, F), mean, std, degree); returns its return, length."""
-    obs, _ = env.reset(seed=seed)
-    total, steps, over = 0.0, 0, False
-    while not over:
-        obs, reward, terminated, truncated, _ = env.step(linear_action(env, policy, obs))
-        total, steps, over = total + reward, steps + 1, terminated or truncated
-    return total, steps
-
-
-def linear_action(env, policy, obs):
-    """The largest of n numbers, or A numbers clipped to [-1, 1], all linear in the features."""
-    weights, *features = policy
-    out = weights @ polynomial(obs, *features)
-    if isinstance(env.action_space, gym.spaces.Discrete):
-        return int(out.argmax())
-    return np.clip(out, -1.0, 1.0).astype(np.float32)
-
-
-def cross_entropy_search(env, degree, budget, population=32, elite=6, episodes=3):
-    """A linear policy by the cross-entropy method (Rubinstein, 1999; for control: Szita, 2006).
-
-    Draw weights from a Gaussian, play each on the same seeds, fit the Gaussian to the best, widened
-    by noise that fades over the `budget` of steps. Returns the policy, see play_linear.
-    """
-    rng, seen = np.random.default_rng(0), []
-    for seed in range(SEARCH_SEED, SEARCH_SEED + 10):           # what do observations look like?
-        obs, _ = env.reset(seed=seed)
-        env.action_space.seed(seed)
-        over = False
-        while not over:
-            seen.append(obs)
-            obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            over = terminated or truncated
-    features = np.mean(seen, axis=0), np.maximum(np.std(seen, axis=0), 1e-3), degree
-    space = env.action_space
-    shape = (getattr(space, "n", None) or space.shape[0], len(polynomial(obs, *features)))
-    mean, std, steps, first, settled = np.zeros(shape), np.ones(shape), 0, SEARCH_SEED + 10, 0
-    while steps < budget and settled < 2:       # on two sets of seeds: one may have been luck
-        tried = mean + std * rng.standard_normal((population, *shape))
-        tried[0] = mean
-        returns = np.zeros(population)
-        for seed in range(first, first + episodes):
-            for k, weights in enumerate(tried):
-                total, length = play_linear(env, (weights, *features), seed)
-                returns[k], steps = returns[k] + total, steps + length
-        first += episodes
-        best = np.argsort(-returns, kind="stable")[:elite]
-        # where the mean and all of the best get the same, nothing better is left to find
-        same = np.ptp(returns[best]) == 0 and returns[0] == returns[best[0]] and returns.std() > 0
-        settled = settled + 1 if same else 0
-        mean = tried[best].mean(0)
-        std = tried[best].std(0) + 0.3 * max(0.0, 1 - steps / budget)
-    return (mean, *features)
-
-
-@lru_cache(maxsize=None)
-def searched_policy(task, budget=150_000):
-    """The better of a linear and a quadratic policy found for a world of gymnasium's.
-
-    Once per process and task, 10 to 30 seconds; every process finds the same one.
-    """
-    env = make_env(task)
-    if env.observation_space.dtype == np.uint8:
-        raise SystemExit(f"{task} shows pictures, for which there is no expert: write one, with a "
-                         "row of data.RECIPES, or put trajectories in its folder")
-    degrees = (1, 2) if env.observation_space.shape[0] <= 8 else (1,)
-    found = [cross_entropy_search(env, degree, budget) for degree in degrees]
-    seeds = range(SEARCH_SEED - 10, SEARCH_SEED)
-    score = lambda policy: np.mean([play_linear(env, policy, seed)[0] for seed in seeds])
-    best = max(found, key=score)                                # the simpler one where they tie
-    env.close()
-    return best
-
-
-class CrossEntropyPolicy:
-    """For worlds of gymnasium's, which have no expert: a policy found by search, obs -> action."""
-
-    def __init__(self, env):
-        self.env, self.policy = env, searched_policy(f"gym/{env.get_wrapper_attr('name')}")
-
-    def __call__(self, obs, reward):
-        return linear_action(self.env, self.policy, obs)
-
-
 # ------------------------------------------------------------------------------- learning histories
 def q_learning(goals, seeds, episodes=HISTORY, rate=0.3, discount=0.95):
     """Tabular Q-learning in Dark-Room, one agent per goal that starts from nothing.
@@ -1000,7 +901,7 @@ def q_learning(goals, seeds, episodes=HISTORY, rate=0.3, discount=0.95):
     return states, actions, rewards
 
 
-def q_learning_histories(task, folder, noise, seeds, advance):
+def q_learning_histories(task, folder, seeds, advance):
     """Worker: one file per training goal, with all its episodes in the order of learning.
 
     dones are true at each episode's last step; returns_to_go are each episode's own. There is no
@@ -1043,7 +944,6 @@ RECIPES = {
     # one file for each of the 80 training goals; scored like darkroom/train
     "darkroom/histories": Recipe(DarkRoomExpert, 80, references=80, write=q_learning_histories,
                                  chunk=80),         # all of them learn side by side
-    "gym": Recipe(CrossEntropyPolicy, episodes=50, sigma=0.1),
     "metaworld": Recipe(MetaWorldExpert, references=40),
     **{f"metaworld/{name}-v3": Recipe(MetaWorldExpert, sigma=0.1, references=40)
        for name in FRAGILE},
@@ -1075,6 +975,9 @@ def recipe_of(task, needed=True):
     """The recipe of a task: its own row, else its domain's, else None if it is not needed."""
     recipe = RECIPES.get(task) or RECIPES.get(task.partition("/")[0])
     if recipe is None and needed:
+        if task.startswith("gym/"):
+            raise SystemExit(f"{task}: there is no expert for gymnasium's worlds; bring "
+                             "trajectories: python data.py convert --help")
         near = difflib.get_close_matches(task, RECIPES, n=1, cutoff=0.0)
         raise SystemExit(
             f"there is no expert for {task}; nearest: {near[0]}. There are experts for "
@@ -1101,19 +1004,16 @@ class NoisyActions(gym.Wrapper):
     Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a
     uniformly random action instead. Noise and sigma follow from reset's seed alone. sigma is 0 in a
     quarter of the episodes, else uniform up to sigma_max: such data show how to recover from
-    mistakes, and the label stays what the expert asked for. With levels, seed s has
-    sigma levels[s % len(levels)] and info["executed"] is the label: data of mixed quality.
+    mistakes, and the label stays what the expert asked for.
     """
 
-    def __init__(self, env, sigma_max, levels=()):
+    def __init__(self, env, sigma_max):
         super().__init__(env)
-        self.sigma_max, self.levels = sigma_max, levels
+        self.sigma_max = sigma_max
 
     def reset(self, *, seed=None, options=None):
         self.rng = np.random.default_rng([seed, 1])  # [., 1]: not the stream of the world
         self.sigma = self.rng.uniform(0, self.sigma_max) * (self.rng.random() > 0.25)
-        if self.levels:
-            self.sigma = self.levels[seed % len(self.levels)]
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
@@ -1123,10 +1023,7 @@ class NoisyActions(gym.Wrapper):
         else:
             noise = sigma * self.rng.standard_normal(space.shape)
             action = np.clip(action + noise, -1, 1).astype(np.float32)
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.levels:
-            info = {**info, "executed": action}
-        return obs, reward, terminated, truncated, info
+        return self.env.step(action)
 
 
 # ----------------------------------------------------------------------------------- writing files
@@ -1181,18 +1078,18 @@ def split_lives(episode):
     return list(zip(bounds[:-1], bounds[1:]))
 
 
-def _make_episodes(task, folder, noise, seeds, advance):
+def _make_episodes(task, folder, seeds, advance):
     """Worker: play the expert on these seeds and write one file per trajectory."""
     recipe, clip = recipe_of(task), split_task(task)[0].clip_rewards
-    make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma, noise)
-    solved_only, pending = recipe.success_only and not noise, list(seeds)
-    for attempt in range(TRIES if solved_only else 1):
+    make = lambda: NoisyActions(make_env(task, limit=recipe.limit), recipe.sigma)
+    pending = list(seeds)
+    for attempt in range(TRIES if recipe.success_only else 1):
         failed = []
         for episode in rollout(make, partial(expert_policy, expert=recipe.expert),
                                [seed + attempt * NEXT_TRY for seed in pending], num_envs=1,
                                advance=advance):
             seed = episode.seed - attempt * NEXT_TRY
-            if solved_only and not episode.success:
+            if recipe.success_only and not episode.success:
                 failed.append(seed)
                 continue
             rewards = np.clip(episode.rewards, -1, 1) if clip else episode.rewards
@@ -1230,19 +1127,18 @@ def default_heldout(tasks):
 
 
 def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
-         noise=None, timeout=600.0):
+         timeout=600.0):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
     tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
-    made, which scoring needs. episodes: per task (default: each recipe's own). noise: levels of
-    mixed quality, see NoisyActions; None takes what is there, or clean labels. A kill at any moment
+    made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment
     loses at most the episodes being played: the next call continues. Tasks whose simulator is
     missing are named and left out, and so are those of which a simulator crashed, or hung for
     `timeout` seconds.
     """
     if episodes is not None and episodes < 1:
         raise SystemExit(f"{episodes} episodes a task cannot be made: give 1 or more")
-    root, present, plans, levels = Path(root), [], {}, {}
+    root, present, plans = Path(root), [], {}
     tasks = expand_tasks(tasks, root=root)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True, root=root)):
         missing, public = install_line(task), is_public(find_folder(root, task))
@@ -1254,9 +1150,8 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
             present += [task] if made else []
             continue
         present.append(task)
-        levels[task] = _levels(root / task, noise)
         try:
-            plan = _plan(task, root / task, episodes, task in tasks, levels[task])
+            plan = _plan(task, root / task, episodes, task in tasks)
         except (ImportError, RuntimeError, OSError) as error:       # installed, and broken
             print(f"{task} left out: {type(error).__name__}: {error}", file=sys.stderr)
             present.remove(task)
@@ -1279,7 +1174,7 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
             print(f"{task} left out: its expert solved none of its episodes", file=sys.stderr)
             failed[task] = 0
         if task not in failed:
-            _finish_task(task, root / task, measured[task], levels[task])
+            _finish_task(task, root / task, measured[task])
     return [task for task in present if task not in failed]
 
 
@@ -1317,19 +1212,7 @@ def _start_worker():
     return lambda job, advance: job[0](job[1], *job[2], advance)
 
 
-def _levels(folder, noise):
-    """The levels of mixed quality of a folder: those it was begun or made with, else `noise`."""
-    says = [path for path in (folder / UNFINISHED, folder / "task.json") if path.exists()]
-    if not says:
-        return tuple(noise or ())
-    made = tuple(load_json(says[0]).get("noise", ()))
-    if noise is not None and made != tuple(noise):
-        raise SystemExit(f"{folder} was made with --noise {made}, not {noise}: give another "
-                         "--root, or delete it")
-    return made
-
-
-def _plan(task, folder, episodes, with_data, noise=()):
+def _plan(task, folder, episodes, with_data):
     """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
     recipe = recipe_of(task)
     wanted = (episodes or recipe.episodes) if with_data else 0
@@ -1350,12 +1233,12 @@ def _plan(task, folder, episodes, with_data, noise=()):
     words = ["python", "data.py", "make", task, "--root", str(folder)[:-len(task) - 1] or "."]
     words += ["--episodes", str(episodes)] if episodes else []
     # the mark before the card goes: without either, the files would pass for a download
-    write_json(folder / UNFINISHED, {"command": shlex.join(words), "noise": noise})
+    write_json(folder / UNFINISHED, {"command": shlex.join(words)})
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     jobs = lambda seeds: [seeds[i:i + recipe.chunk] for i in range(0, len(seeds), recipe.chunk)]
     work = recipe.write or _make_episodes
-    plan = [(work, (str(folder), noise, few)) for few in jobs(seeds)]
+    plan = [(work, (str(folder), few)) for few in jobs(seeds)]
     n = min(recipe.references, 2 * episodes) if episodes else recipe.references
     span = lambda start, n=n: list(range(start, start + n))
     plan += [(_measure, ("expert", few)) for few in jobs(span(EXPERT_SEED))]
@@ -1369,7 +1252,7 @@ def _plan(task, folder, episodes, with_data, noise=()):
     return plan
 
 
-def _finish_task(task, folder, measured, noise):
+def _finish_task(task, folder, measured):
     """Write the index files and the card of a task whose data data.py made."""
     recipe, (domain, _) = recipe_of(task), split_task(task)
     stats = statistics(folder) | world_spec(task)
@@ -1377,10 +1260,8 @@ def _finish_task(task, folder, measured, noise):
         "limit": recipe.limit,
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),
-        "noise": noise,
-        "made_by": recipe.write.__name__ if recipe.write else f"{recipe.expert.__name__}; " + (
-            f"mixed quality, noise {', '.join(map(str, noise))}, labels as executed" if noise else
-            f"labels clean, execution noise up to {recipe.sigma}"),
+        "made_by": recipe.write.__name__ if recipe.write else
+        f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
         "versions": {
             p: importlib.metadata.version(p)
             for p in {"gymnasium", "numpy", domain.install.partition("==")[0]}
@@ -1939,84 +1820,6 @@ def read_flat(args, present):
                        rewards[a:b].ravel(), bool(terminals[b - 1]))
 
 
-def read_npz(args, present):
-    """A folder of .npz: states (or observations), actions, rewards, terminated."""
-    for path in sorted(args.source.glob("*.npz")):
-        if path.stem not in present:
-            with np.load(path, allow_pickle=False) as f:
-                states = flatten(f["states"] if "states" in f else f["observations"])
-                T = len(f["rewards"])
-                states = states[:T] if len(states) == T + 1 else states
-                yield (path.stem, states, f["actions"], f["rewards"],
-                       bool(np.ravel(f["terminated"])[-1:].any()))
-
-
-def read_dqn_replay(args, present):
-    """DQN Replay: gzipped arrays $store$_observation_ckpt.K.gz and so on of 84 x 84 frames, one
-    stream over the shards K, cut at terminals; read in blocks, at 7 GB a shard.
-
-    Its actions count a game's minimal set; here they become those of the full set of 18.
-    """
-    shard = lambda what, k: args.source / f"$store$_{what}_ckpt.{k}.gz"
-    names = args.source.glob("$store$_observation_ckpt.*.gz")
-    meaning, parts, steps, episode, last = minimal_actions(args.task), [], 0, 0, None
-    for k in sorted(int(path.name.split(".")[-2]) for path in names):
-        actions, rewards, terminals = (
-            np.load(gzip.open(shard(what, k)), allow_pickle=False)
-            for what in ("action", "reward", "terminal"))
-        if (actions < 0).any():                     # or it would count from the end
-            raise ValueError(f"shard {k} has negative actions")
-        if parts and k != last + 1:                 # a shard is missing: the stream breaks off
-            if f"{episode:06d}" not in present:
-                yield join(episode, parts, False)
-            parts, steps, episode = [], 0, episode + 1
-        for start, frames in npy_blocks(shard("observation", k)):
-            for a, b in cut(terminals[start:start + len(frames)] > 0):
-                here = slice(start + a, start + b)
-                old = f"{episode:06d}" in present
-                parts.append((None if old else to_frames(frames[a:b]), meaning[actions[here]],
-                              rewards[here]))
-                steps, ended = steps + b - a, bool(terminals[start + b - 1])
-                if ended or steps >= ATARI_STEPS:
-                    if not old:
-                        yield join(episode, parts, ended)
-                    parts, steps, episode = [], 0, episode + 1
-        last = k
-    if parts and f"{episode:06d}" not in present:
-        yield join(episode, parts, False)
-
-
-def join(episode, parts, terminated):
-    """Pieces [(states, actions, rewards)] -> what a reader yields."""
-    return (f"{episode:06d}", *(np.concatenate(x) for x in zip(*parts)), terminated)
-
-
-def npy_blocks(path, steps=1000):
-    """(start, array of up to `steps` rows) of a gzipped .npy that need not fit into memory."""
-    with gzip.open(path) as f:
-        version = np.lib.format.read_magic(f)
-        header = {(1, 0): np.lib.format.read_array_header_1_0,
-                  (2, 0): np.lib.format.read_array_header_2_0}[version]
-        (T, *shape), fortran, dtype = header(f)
-        if fortran or dtype.hasobject:
-            raise ValueError(f"an array of {dtype} in an order that cannot be streamed")
-        for start in range(0, T, steps):
-            n = min(steps, T - start)
-            yield start, np.frombuffer(f.read(n * math.prod(shape) * dtype.itemsize),
-                                       dtype).reshape(n, *shape)
-
-
-def minimal_actions(task):
-    """The meaning, among all 18, of each action of an Atari game's minimal set, by its position."""
-    if install_line(task):
-        raise SystemExit(f"{task}: what its actions mean is known to the simulator alone; "
-                         f"install it with: {install_line(task)}")
-    env = make_env(task)
-    meaning = np.array([a.value for a in env.unwrapped.ale.getMinimalActionSet()])
-    env.close()
-    return meaning
-
-
 def cut(ends, limit=None):
     """(start, stop) of the pieces of a stream that ends where `ends` (T,) is true, or after limit
     steps; the last may be incomplete.
@@ -2068,7 +1871,7 @@ def to_frames(images):
 
 
 READERS = {"minari": read_minari, "d4rl": read_flat, "robomimic": read_robomimic,
-           "dqn-replay": read_dqn_replay, "composuite": read_flat, "npz": read_npz}
+           "composuite": read_flat}
 
 
 def map_actions(actions, args):
@@ -2118,7 +1921,7 @@ def convert(args):
                 raise SystemExit(str(error)) from None
             done += 1
     except (OSError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError,
-            RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            RuntimeError) as error:
         raise SystemExit(f"{args.source} cannot be read as {args.format} after episode {name}: "
                          f"{type(error).__name__}: {error}") from None
     except ImportError as error:
@@ -2458,7 +2261,7 @@ def task_name(folder, domain=None):
 def check_files(folder, names, card, alive=lambda steps: None):
     """Worker: [(name, fault or None, facts)] of some files of a task, and of all in its pack.
 
-    facts: steps, return, specification and a digest of the content; None of a faulty one.
+    facts: steps, return and specification; None of a faulty one.
     """
     results = []
     for name in names:
@@ -2486,12 +2289,10 @@ def check_content(folder, name, t, card):
             raise t
         if name.startswith(PACK):
             _check_values(bad, t.states, t.actions, t.rewards, card)
-        digest = hashlib.blake2b(t.actions.tobytes() + t.rewards.tobytes(), digest_size=8)
         for start in range(0, len(t.rewards), 1000):            # images: decompress everything once
             x = t.states[start:start + 1000]
-            digest.update(np.ascontiguousarray(x).tobytes())
         spec = ("images" if x.ndim == 4 else x.shape[1:], t.actions.shape[1:])
-        return name, None, (len(t.rewards), float(t.rewards.sum()), spec, digest.hexdigest())
+        return name, None, (len(t.rewards), float(t.rewards.sum()), spec)
     except BadTrajectory as error:
         return name, str(error), None
     except OSError as error:
@@ -2524,12 +2325,8 @@ def check_card(folder):
     return card, faults + [f"{path}: {reason}" for reason in wrong]
 
 
-def check_folder(folder, results, card, seen):
-    """Faults that single files do not show: the index, odd ones out, duplicates.
-
-    seen: {digest: path} over all folders. Data that data.py made may hold equal episodes: without
-    noise a world with few starts repeats itself.
-    """
+def check_folder(folder, results):
+    """Faults that single files do not show: the index, odd ones out."""
     facts = {name.removesuffix(".hdf5"): f for name, _, f in results if f}
     files = {name[:-5] for name, _, _ in results if name.endswith(".hdf5")}
     faults, packed = [], (folder / PACK).exists()
@@ -2549,17 +2346,11 @@ def check_folder(folder, results, card, seen):
             given, true = index[stem], facts[stem][k]
             if not isinstance(given, (int, float)) or abs(given - true) > 1e-3 + 1e-4 * abs(true):
                 faults.append(f"{path}: says {given} of {stem}.hdf5, whose {what[:-1]} is {true}")
-    mark = folder / UNFINISHED
-    made = " make " in mark.read_text() if mark.exists() else bool(card) and "source" not in card
     usual = Counter(f[2] for f in facts.values()).most_common(1)
-    for stem, (_, _, spec, digest) in facts.items():
-        path = folder / (stem if stem.startswith(PACK) else f"{stem}.hdf5")
+    for stem, (_, _, spec) in facts.items():
         if spec != usual[0][0]:
+            path = folder / (stem if stem.startswith(PACK) else f"{stem}.hdf5")
             faults.append(f"{path}: states and actions {spec} each, elsewhere {usual[0][0]}")
-        twin = seen.setdefault(digest, path)
-        same = twin.parent == folder and twin.name == f"{stem.split(':')[-1]}.hdf5"   # and its pack
-        if twin != path and not same and not made:
-            faults.append(f"{path}: the same content as {twin}")
     return faults
 
 
@@ -2568,7 +2359,7 @@ def check(path, domain=None, processes=None):
     and reason; returns their number. domain: of folders that have none above them.
     """
     from tqdm import tqdm
-    faults, seen, results, cards, jobs, checked = [], {}, {}, {}, [], 0
+    faults, results, jobs, checked = [], {}, [], 0
 
     def report(lines):
         faults.extend(lines)
@@ -2576,47 +2367,31 @@ def check(path, domain=None, processes=None):
             tqdm.write(line)
     folders = task_folders(path, lambda error: report([f"{error.filename}: {error.strerror}"]))
     for folder, names in folders.items():
-        cards[folder], found = check_card(folder)
+        card, found = check_card(folder)
         report(found)
-        jobs += [(folder, names[i:i + 200], cards[folder] or _card_of_download(folder, domain))
+        jobs += [(folder, names[i:i + 200], card or _card_of_download(folder, domain))
                  for i in range(0, max(1, len(names)), 200)]
     total = sum(map(len, folders.values()))
     processes = processes or (min(os.cpu_count() or 1, 16) if total > 2000 else 1)
     left = Counter(folder for folder, _, _ in jobs)
     with tqdm(total=total, desc="check", unit="file", leave=False) as bar:
-        for (folder, names, _), rows in _checked(jobs, processes):
+        for (folder, names, _), rows in run_jobs(
+                jobs, processes, _start_checker,
+                method="fork" if sys.platform == "linux" else "spawn"):
+            if isinstance(rows, Exception):     # a damaged file can crash HDF5 itself
+                rows = [(names[0], f"{folder}: {names[0]} to {names[-1]} not checked: {rows}",
+                         None)]
             results.setdefault(folder, []).extend(rows)
             report([fault for _, fault, _ in rows if fault])
             bar.update(len(names))
             checked += len(rows)
             left[folder] -= 1
             if not left[folder] and not Path(path).is_file():
-                report(check_folder(folder, results.pop(folder), cards[folder], seen))
+                report(check_folder(folder, results.pop(folder)))
     if not total and not faults:
         report([f"{path}: holds no trajectories (*.hdf5)"])
     print(f"{path}: {checked} trajectories in {len(folders)} tasks, {len(faults)} faults")
     return len(faults)
-
-
-def _checked(jobs, processes):
-    """(job, rows of check_files) of each of jobs, in other processes: a damaged file can crash HDF5
-    itself. The files of a job that crashed are checked one by one.
-    """
-    run = partial(run_jobs, processes=processes, start=_start_checker,
-                  method="fork" if sys.platform == "linux" else "spawn")
-    crashed = []
-    for job, rows in run(jobs):
-        if isinstance(rows, Exception):
-            crashed.append(job)
-        else:
-            yield job, rows
-    for folder, names, card in crashed:
-        rows = []
-        for (_, (name,), _), found in run([(folder, [name], card) for name in names]):
-            rows += found if not isinstance(found, Exception) else [
-                (name, f"{folder / name}: not checked, HDF5 itself crashes or hangs on it: {found}",
-                 None)]
-        yield (folder, names, card), rows
 
 
 def _start_checker():
@@ -2658,11 +2433,7 @@ def describe(folder, task, sample=SAMPLE):
         try:
             if isinstance(t, BadTrajectory):
                 raise t
-            row["states"] = t.states
-            if t.states.ndim == 4:                          # six pictures of the way
-                at = np.linspace(0, len(t.rewards) - 1, 6).astype(int)
-                row["states"] = to_gray(np.stack([t.states[i] for i in at]))
-        except (BadTrajectory, OSError):
+        except BadTrajectory:
             row["bad"] += 1
             continue
         a = t.actions
@@ -2702,9 +2473,9 @@ def format_info(row):
             f"{solved:>8}{actions:>15}{differ:>16}{bad}")
 
 
-def info(path, domain=None, output=None, sample=SAMPLE):
-    """Print a table of what is at or below path, a row for each task and totals of each domain;
-    with `output` draw it too. Malformed files are counted, not fatal.
+def info(path, domain=None, sample=SAMPLE):
+    """Print a table of what is at or below path, a row for each task and totals of each domain.
+    Malformed files are counted, not fatal.
     """
     from tqdm import tqdm
     folders = task_folders(path)
@@ -2727,74 +2498,6 @@ def info(path, domain=None, output=None, sample=SAMPLE):
     print(f"Actions, and how much consecutive ones differ (mean squared difference, or the share "
           f"of changes), from at most {sample} trajectories a task; lengths and returns from the "
           "index where there is one, else from the same.")
-    if output:
-        draw_info([row for row in rows if row["sampled"]], output)
-        print(f"wrote {output}")
-
-
-def draw_info(rows, output, most=16):
-    """Returns, lengths, one episode and the actions of each task, thinned to `most` tasks."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    if len(rows) > most:
-        rows = [rows[int(k)] for k in np.linspace(0, len(rows) - 1, most)]
-    figure, axes = plt.subplots(len(rows), 4, figsize=(14, 1.6 * len(rows) + 0.6), squeeze=False,
-                                width_ratios=(3, 2, 5, 3), layout="constrained")
-    for (returns, lengths, episode, actions), row in zip(axes, rows):
-        for axis, what, colour in ((returns, "returns", "C0"), (lengths, "lengths", "C2")):
-            axis.hist(row[what], bins=30, color=colour)
-            axis.axvline(np.mean(row[what]), color="k", lw=0.8, ls="--")
-            axis.set_yticks([])
-            axis.ticklabel_format(axis="x", useOffset=False, style="plain")
-        if min(row["lengths"]) == max(row["lengths"]):      # a single bar says less than a word
-            lengths.clear()
-            lengths.set_axis_off()
-            lengths.text(0.5, 0.5, f"all {row['lengths'][0]} steps", ha="center", fontsize=9)
-        returns.set_title(f"{row['task']}  ({row['episodes']:,} episodes)", fontsize=9, loc="left")
-        _draw_episode(episode, row["states"])
-        _draw_actions(actions, row["actions"])
-        for axis in (returns, lengths, episode, actions):
-            axis.tick_params(labelsize=7)
-    for axis, title in zip(axes[0, 1:], ("length", "one episode over time", "actions")):
-        axis.set_title(title, fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel("return", fontsize=8)
-    axes[-1, 2].set_xlabel("step" if rows[-1]["states"].ndim == 2 else "", fontsize=8)
-    figure.savefig(output, dpi=100)
-    plt.close(figure)
-
-
-def _draw_episode(axis, states):
-    """Six pictures side by side, or a vector's coordinates (down) over time, each from its smallest
-    value, dark, to its largest.
-    """
-    if states.ndim == 4:
-        axis.imshow(np.concatenate(states[:, 0], axis=1), cmap="gray", vmin=0, vmax=255)
-        axis.set_axis_off()
-        return
-    low, high = states.min(0), states.max(0)
-    span = np.where(high - low > 1e-4, high - low, np.inf)  # what rests: dark throughout
-    axis.imshow(((states - low) / span).T, aspect="auto", interpolation="nearest")
-    axis.set_ylabel(f"{states.shape[1]} coordinates", fontsize=7)
-    axis.set_yticks([])
-
-
-def _draw_actions(axis, actions):
-    """How often each discrete action is taken, or each value of each dimension (down)."""
-    if actions[0].ndim == 1:
-        counts = np.bincount(np.concatenate(actions))
-        axis.bar(np.arange(len(counts)), counts / counts.sum(), color="C1")
-        axis.set_ylim(0, 1)
-        axis.set_yticks((0, 0.5, 1))
-        axis.set_ylabel("share", fontsize=7)
-        return
-    actions = np.concatenate(actions)
-    counts = np.stack([np.histogram(a, 40, (-1, 1))[0] for a in actions.T])
-    axis.imshow((counts / counts.max(1, keepdims=True)) ** 0.5, aspect="auto", extent=(
-        -1, 1, actions.shape[1] - 0.5, -0.5), cmap="magma", interpolation="nearest")
-    axis.set_yticks(range(actions.shape[1]))
-    axis.set_xticks((-1, -0.5, 0, 0.5, 1))
-    axis.set_ylabel("dimension", fontsize=7)
 
 
 @dataclass
@@ -2812,9 +2515,6 @@ class Make:
     """Episodes per task (default: each recipe's own)."""
     processes: int | None = None
     """Worker processes (default: one per core, at most 8)."""
-    noise: tuple[float, ...] | None = None
-    """Mixed quality, e.g. 0 0.3 1: noise of execution, level by level in turn; labels as executed
-    (default: the expert's clean labels, executed with a little noise)."""
     timeout: float = 600.0
     """Seconds without a step after which a simulator counts as hung."""
 
@@ -2831,10 +2531,9 @@ class PackTasks:
 @dataclass
 class Convert:
     """Public data of another format -> the layout of this file; interrupted, it continues."""
-    format: tyro.conf.Positional[Literal["minari", "d4rl", "robomimic", "dqn-replay", "composuite",
-                                         "npz"]]
-    """What the source is: a Minari folder, an HDF5 file of D4RL, of robomimic or Mimicgen, of
-    CompoSuite, a folder of DQN Replay's shards, or a folder of .npz."""
+    format: tyro.conf.Positional[Literal["minari", "d4rl", "robomimic", "composuite"]]
+    """What the source is: a Minari folder, or an HDF5 file of D4RL, of robomimic or Mimicgen, of
+    CompoSuite."""
     source: tyro.conf.Positional[Path]
     """The file or folder that was downloaded."""
     task: str
@@ -2874,8 +2573,6 @@ class Info:
     """A folder at any level of the layout."""
     domain: str | None = None
     """The domain of folders that have none above them, as in downloads."""
-    output: Path | None = None
-    """Draw it into this file, for example info.png."""
     sample: int = SAMPLE
     """Most trajectories to open per task."""
 
@@ -2886,8 +2583,7 @@ def main(args):
         heldout = args.heldout
         if heldout is None:
             heldout = default_heldout(expand_tasks(args.tasks, root=args.root))
-        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.noise,
-             args.timeout)
+        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.timeout)
         info(args.root)
         # a job failed: it was named, and the command that completes the task stands in its folder
         if any((args.root / task / UNFINISHED).exists()
@@ -2900,7 +2596,7 @@ def main(args):
     elif isinstance(args, Check):
         sys.exit(1 if check(args.path, args.domain, args.processes) else 0)
     else:
-        info(args.path, args.domain, args.output, args.sample)
+        info(args.path, args.domain, args.sample)
 
 
 if __name__ == "__main__":
