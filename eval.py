@@ -834,8 +834,13 @@ def _named(space):
 def make_gym(name, render=False):
     """The environment that gymnasium knows as `name` ("CartPole-v1", "module:Env-v0"). GymWorld.
 
-    Without a time limit of its own it is truncated after 1000 steps.
+    Without a time limit of its own it is truncated after 1000 steps. gymnasium imports `module`, so
+    that name is believed where the user typed it, and not where a card or a folder has it.
     """
+    typed = {canonical(word.split("=")[-1]) for word in sys.argv[1:]}      # workers see it too
+    if ":" in name and f"gym/{name}" not in typed:
+        raise ValueError("a module is imported only if the command line names it; if you trust it, "
+                         f"add gym:{name} to the --tasks of this command")
     try:
         env = gym.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)
     except (gym.error.Error, ImportError) as error:

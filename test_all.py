@@ -2282,11 +2282,34 @@ def test_gym_worlds_are_adapted(register, tmp_path, monkeypatch):
         "import gymnasium as gym\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
         "gym.register('Mine-v0', CartPoleEnv)\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--tasks=gym:mine:Mine-v0"])
     assert worlds.make_env("gym:mine:Mine-v0").observation_space.shape == (4,)
     names = worlds.expand_tasks(["gym:CartPole-v1", "gym/CartPole-v1", "gym:mine:Mine-v0"])
     assert names == ("gym/CartPole-v1", "gym/mine:Mine-v0")
     assert [worlds.domain_of(t) for t in (*names, "atari/pong")] == [*names, "atari"]
     gym.registry.pop("Mine-v0")
+
+
+def test_a_card_cannot_have_a_module_imported(tmp_path, monkeypatch, capsys):
+    """Of a checkpoint or a folder of data; by a command in a fresh process, as a user has it."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "stats.py").write_text("open('witness', 'w')")
+    task, model = "gym/datasets.stats:Pick-v0", lram.LRAM(lram.Config("mlstm", "tiny", layers=1))
+    lram.save_checkpoint(tmp_path / "c.pt", {
+        "model": model.state_dict(), "model_config": asdict(model.config),
+        "cards": {task: dark_card(task=task, made_by="us"), "darkroom/train": dark_card()}})
+    done = run(REPOSITORY / "eval.py", "--checkpoint", "c.pt", "--episodes", "1", cwd=tmp_path)
+    assert "a module is imported only if the command line names it" in done.stdout + done.stderr
+    assert not (tmp_path / "witness").exists()
+    folder = write_task(tmp_path / "d", [9, 9], task=task)
+    (folder / "task.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    data.Mixture("d", [task])                           # makes a card, for which it asks the world
+    assert not (tmp_path / "witness").exists()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--tasks", "gym:datasets.stats:Pick-v0"])
+    worlds.world_spec(task)
+    assert (tmp_path / "witness").exists()              # it would have been
 
 
 BOX = gym.spaces.Box(-1, 1, (3,))
