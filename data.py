@@ -39,16 +39,16 @@ import contextlib
 import difflib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
-import shlex
 import stat
 import sys
 from collections import Counter, OrderedDict
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal
@@ -64,6 +64,7 @@ from eval import (
     DarkRoom,
     Domain,
     cannot_play,
+    canonical,
     constant_policy,
     domain_of,
     expand_tasks,
@@ -93,10 +94,10 @@ VALIDATION_FRACTION = 0.025
 EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 2_500_000, 2_600_000, 2_700_000
 # where only solved episodes count, a seed has this many tries: seed, seed + NEXT_TRY, ...
 TRIES, NEXT_TRY = 8, 100_000
-# in a task's folder until its data are complete: what is missing, and the command that adds it
+# in a task's folder until its data are complete: {}, or what is converted
 UNFINISHED = "unfinished.json"
 SAMPLE = 50                             # trajectories of a task that stand for all of them
-LARGEST = 2 ** 33                       # bytes of an array in a file: two million frames
+LARGEST, MOST_STEPS = 2 ** 33, 10 ** 7  # bytes (two million frames), steps of an array in a file
 CARD = ("task", "domain", "observation", "action", "reward_scale", "constant_rtg", "target_return",
         "reference_score", "random_score")      # what every card has
 ROBOMIMIC_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
@@ -1230,10 +1231,8 @@ def _plan(task, folder, episodes, with_data):
     space, image = env.action_space, env.observation_space.dtype == np.uint8
     env.close()
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["python", "data.py", "make", task, "--root", str(folder)[:-len(task) - 1] or "."]
-    words += ["--episodes", str(episodes)] if episodes else []
     # the mark before the card goes: without either, the files would pass for a download
-    write_json(folder / UNFINISHED, {"command": shlex.join(words)})
+    write_json(folder / UNFINISHED, {})
     (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
     (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     jobs = lambda seeds: [seeds[i:i + recipe.chunk] for i in range(0, len(seeds), recipe.chunk)]
@@ -1389,21 +1388,14 @@ def open_trajectory(path, card=None, length=None):
 
     BadTrajectory: path and reason. Nothing that a file says is trusted or executed.
     """
-    bad = lambda reason: BadTrajectory(f"{path}: {reason}")
-    f = _open_file(path, bad)
+    bad, f = lambda reason: BadTrajectory(f"{path}: {reason}"), open_hdf5(path)
     try:
-        missing = [key for key in ("states", "actions", "rewards", "dones") if key not in f]
+        missing = [key for key in ("states", "actions", "rewards", "dones") if key not in set(f)]
         if missing:
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
         for key in ("states", "actions", "rewards", "dones", "returns_to_go"):
-            if key not in f:
-                continue
-            if not isinstance(f.get(key, getlink=True), h5py.HardLink) or \
-                    f[key].is_virtual or f[key].external:
-                raise bad(f"{key} is not in this file: it points elsewhere")
-            # or a file of a kilobyte could ask for a terabyte
-            if f[key].nbytes > LARGEST:
-                raise bad(f"{key} claims {f[key].shape} values, {f[key].nbytes / 2 ** 30:.0f} GiB")
+            if key in set(f):
+                inside(f, key)
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
         if f["dones"].shape not in ((len(rewards),), ()):
             raise bad(f"lengths differ: dones {f['dones'].shape}, rewards {rewards.shape}")
@@ -1438,8 +1430,9 @@ def open_trajectory(path, card=None, length=None):
                       f if image else None, 0, len(rewards), dones)
 
 
-def _open_file(path, bad):
-    """The HDF5 file; raises bad(reason)."""
+def open_hdf5(path):
+    """The HDF5 file at `path`, to read; BadTrajectory says what is wrong with it."""
+    bad = lambda reason: BadTrajectory(f"{path}: {reason}")
     try:
         mode = os.stat(path)            # opening a pipe would wait for ever
         if not stat.S_ISREG(mode.st_mode):
@@ -1455,6 +1448,28 @@ def _open_file(path, bad):
         raise bad("may not be read (permissions)") from None
     except OSError as error:
         raise bad(f"not a readable HDF5 file, perhaps truncated ({str(error)[:80]})") from None
+
+
+def inside(group, key, bounded=True):
+    """group[key], if it lies in the group's own file: a link, or a data set whose values are
+    elsewhere, could read any file of the user. Of a data set `bounded` says that it must fit into
+    memory, or a file of a kilobyte could ask for a terabyte. BadTrajectory otherwise.
+    """
+    bad = lambda reason: BadTrajectory(f"{group.file.filename}: {reason}")
+    if key not in set(group):                   # `in group` would follow a link
+        raise bad(f"has no {key}")
+    here = group.id.links.get_info(key.encode()).type == h5py.h5l.TYPE_HARD
+    found = group[key] if here else None
+    if isinstance(found, h5py.Group):
+        return found
+    if not here or found.is_virtual or found.external:
+        raise bad(f"{key} is not in this file: it points elsewhere")
+    if found.dtype.kind not in "fiubS":
+        raise bad(f"{key} is {found.dtype}, not numbers")
+    if bounded and (found.nbytes > LARGEST or found.shape and found.shape[0] > MOST_STEPS):
+        raise bad(f"{key} claims {found.shape} values, {found.nbytes / 2 ** 30:.1f} GiB; at most "
+                  f"{MOST_STEPS:,} steps and {LARGEST >> 30} GiB are read")
+    return found
 
 
 def _check_values(bad, states, actions, rewards, card):
@@ -1576,9 +1591,9 @@ def is_public(folder):
     """Whether a folder's data were converted or downloaded: data that make must leave alone."""
     unfinished = folder / UNFINISHED
     if unfinished.exists():
-        command = load_json(unfinished)["command"]
-        if " convert " in command:
-            raise SystemExit(f"{folder}: an unfinished conversion; complete it with: {command}")
+        if "source" in load_json(unfinished):
+            raise SystemExit(f"{folder}: an unfinished conversion; run the same python data.py "
+                             "convert again, or delete the folder")
         return False
     if (folder / "task.json").exists():
         return "source" in load_json(folder / "task.json")
@@ -1784,39 +1799,59 @@ def pack_task(folder, card=None, on_bad="refuse"):
 # an episode that did not terminate.
 def read_minari(args, present):
     """Minari: data/main_data.hdf5 with groups episode_0, ...; one observation more than actions."""
-    with h5py.File(args.source / "data" / "main_data.hdf5") as f:
+    path = args.source / "data" / "main_data.hdf5"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: the source must be a data set's folder in Minari's "
+                         "hdf5 format (its arrow format is not read)")
+    with open_hdf5(path) as f:
         for name, episode in numbered(f, "episode_", present):
-            T = len(episode["rewards"])
-            yield (name, flatten(episode["observations"])[:T], episode["actions"][:],
-                   episode["rewards"][:], T > 0 and bool(episode["terminations"][T - 1]))
+            actions, rewards, terminations = (
+                inside(episode, key)[:] for key in ("actions", "rewards", "terminations"))
+            T = len(rewards)
+            yield (name, flatten(inside(episode, "observations"))[:T], actions, rewards,
+                   T > 0 and bool(terminations[T - 1]))
 
 
 def read_robomimic(args, present):
-    """robomimic and Mimicgen: groups data/demo_0, ... with obs/<key>, chosen by --obs-keys."""
+    """robomimic and Mimicgen: groups data/demo_0, ... with obs/<key>, chosen by --obs-keys.
+
+    A task of ours ends at its first success, the first reward; such demonstrations are cut there,
+    or their returns could not be reached.
+    """
     keys = args.obs_keys or ROBOMIMIC_KEYS
-    with h5py.File(args.source) as f:
-        for name, demo in numbered(f["data"], "demo_", present):
-            lacking = [key for key in keys if key not in demo.get("obs", {})]
+    with open_hdf5(args.source) as f:
+        for name, demo in numbered(inside(f, "data"), "demo_", present):
+            seen = inside(demo, "obs") if "obs" in set(demo) else {}
+            lacking = [key for key in keys if key not in set(seen)]
             if lacking:
-                raise SystemExit(f"{args.source}: {demo.name} has no obs/{lacking[0]}, only: "
-                                 f"{', '.join(demo.get('obs', {}))}; choose with --obs-keys")
-            states = np.concatenate([flatten(demo["obs"][key]) for key in keys], axis=1)
-            dones = demo["dones"][:]
-            yield name, states, demo["actions"][:], demo["rewards"][:], bool(dones[-1:].any())
+                raise SystemExit(
+                    f"{args.source}: {demo.name} has no obs/{lacking[0]}, only: {', '.join(seen)}; "
+                    "choose with --obs-keys" + (", or have robomimic's dataset_states_to_obs.py "
+                                                "write observations" if not seen else ""))
+            states = np.concatenate([flatten(inside(seen, key)) for key in keys], axis=1)
+            actions, rewards, dones = (
+                inside(demo, key)[:] for key in ("actions", "rewards", "dones"))
+            end = bool(dones[-1:].any())
+            if args.task.startswith("mimicgen/") and (rewards > 0).any():
+                end, T = True, int(np.argmax(rewards > 0)) + 1
+                states, actions, rewards = states[:T], actions[:T], rewards[:T]
+            yield name, states, actions, rewards, end
 
 
 def read_flat(args, present):
     """D4RL and CompoSuite (500 steps): one stream, cut at terminals, timeouts, --episode-steps."""
     limit = args.episode_steps or (500 if args.format == "composuite" else None)
-    with h5py.File(args.source) as f:
-        terminals, actions, rewards = f["terminals"][:].ravel() > 0, f["actions"], f["rewards"]
-        ends = terminals | (f["timeouts"][:].ravel() > 0) if "timeouts" in f else terminals
-        if not ends.any() and not limit:
-            raise SystemExit(f"{args.source} does not say where episodes end: it has no timeouts "
-                             "and no terminals; give their length with --episode-steps")
+    with open_hdf5(args.source) as f:
+        if "timeouts" not in set(f) and not limit:
+            raise SystemExit(f"{args.source} does not say where episodes run out of time: it has no "
+                             "timeouts; give the most steps of an episode with --episode-steps")
+        terminals, actions, rewards = (inside(f, key) for key in ("terminals", "actions", "rewards"))
+        ends = terminals = terminals[:].ravel() > 0
+        if "timeouts" in set(f):
+            ends = terminals | (inside(f, "timeouts")[:].ravel() > 0)
         for k, (a, b) in enumerate(cut(ends, limit)):
             if f"{k:06d}" not in present:
-                yield (f"{k:06d}", flatten(f["observations"], a, b), actions[a:b],
+                yield (f"{k:06d}", flatten(inside(f, "observations"), a, b), actions[a:b],
                        rewards[a:b].ravel(), bool(terminals[b - 1]))
 
 
@@ -1838,16 +1873,18 @@ def numbered(group, prefix, present):
     """(six digits, subgroup) of prefix0, prefix1, ... in the order of the numbers, less present."""
     for k in sorted(int(key[len(prefix):]) for key in group if key.startswith(prefix)):
         if f"{k:06d}" not in present:
-            yield f"{k:06d}", group[f"{prefix}{k}"]
+            yield f"{k:06d}", inside(group, f"{prefix}{k}")
 
 
 def flatten(observations, start=None, stop=None):
-    """Vectors -> float32 (T, S), a dictionary joined in alphabetical order (gymnasium's); images
-    -> (T, 1, 64, 64).
+    """Vectors -> float32 (T, S), a dictionary joined in alphabetical order (gymnasium's), a tuple
+    (_index_0, ...) by its numbers; images -> (T, 1, 64, 64).
     """
     if isinstance(observations, h5py.Group):
-        return np.concatenate([flatten(observations[key], start, stop)
-                               for key in sorted(observations)], axis=1)
+        tuples = all(re.fullmatch(r"_index_\d+", key) for key in observations)
+        order = sorted(observations, key=(lambda key: int(key[7:])) if tuples else None)
+        return np.concatenate([flatten(inside(observations, key), start, stop) for key in order],
+                              axis=1)
     x = observations[start:stop]
     if x.dtype == np.uint8 and x.ndim >= 3:
         return to_frames(x)
@@ -1895,6 +1932,7 @@ def convert(args):
     episodes. A kill at any moment loses one episode: the same command continues.
     """
     from tqdm import tqdm
+    args = replace(args, task=canonical(args.task))
     folder, done = args.root / args.task, 0
     if not _begin_conversion(args, folder):
         return len(episodes_in(folder))
@@ -1937,7 +1975,8 @@ def convert(args):
 
 def _begin_conversion(args, folder):
     """Mark the folder as unfinished; false if this very conversion is already complete."""
-    if not all(args.task.partition("/")):
+    domain, _, name = args.task.partition("/")
+    if not domain or not name or ".." in Path(args.task).parts or Path(args.task).is_absolute():
         raise SystemExit(f"--task {args.task} must be domain/task, for example mujoco/hopper")
     if bool(args.action_low) != bool(args.action_high):
         raise SystemExit("--action-low and --action-high go together: one number, or one for each "
@@ -1945,38 +1984,34 @@ def _begin_conversion(args, folder):
     if not args.source.exists():
         raise SystemExit(f"{args.source} does not exist")
     source = {key: str(x) for key, x in asdict(args).items() if x and key not in ("root", "on_bad")}
-    words = ["python", "data.py", "convert", args.format, str(args.source)]
-    for key, x in asdict(args).items():
-        if x and key not in ("format", "source"):
-            values = [] if x is True else x if isinstance(x, tuple) else [x]
-            words += ["--" + key.replace("_", "-"), *map(str, values)]
+    source["source"] = str(args.source.resolve())
     unfinished, card = folder / UNFINISHED, folder / "task.json"
     if card.exists() and not unfinished.exists() and load_json(card).get("source") == source:
         print(f"{folder} is complete")
         return False
-    begun = load_json(unfinished) if unfinished.exists() else {}
-    if has_data(folder) and not begun.get("source"):
-        raise SystemExit(f"{folder} holds other data; delete it, or choose another --root")
-    if begun and begun.get("source") != source:
-        print(f"begun with other settings: {folder} starts anew")
-        for stem in episodes_in(folder):
-            (folder / f"{stem}.hdf5").unlink()
+    begun = load_json(unfinished).get("source") if unfinished.exists() else None
+    if has_data(folder) and begun != source:
+        raise SystemExit(f"{folder} holds other data, or this source's with other settings; delete "
+                         "it, or choose another --root")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(unfinished, {"command": shlex.join(words), "source": source})
-    (folder / PACK).unlink(missing_ok=True)             # it lacks what is converted now
+    write_json(unfinished, {"source": source})
     return True
 
 
 def _range_of(args, actions):
-    """What to add to a refusal of continuous actions: the range of all, and what can be done."""
+    """What to add to a refusal of continuous actions: their range in the first episodes of the
+    source, and what can be done.
+    """
     if actions.dtype.kind != "f" or actions.size == 0 or np.abs(actions).max() <= 1:
         return ""
-    # the actions of the whole source, states unread as far as the format allows
-    spans = [(np.min(a), np.max(a)) for _, _, a, _, _ in READERS[args.format](args, ()) if a.size]
+    some = itertools.islice(READERS[args.format](args, ()), SAMPLE)
+    spans = [(np.min(a), np.max(a)) for _, _, a, _, _ in some if a.size]
+    spans.append((actions.min(), actions.max()))
     low, high = min(x for x, _ in spans), max(x for _, x in spans)
-    return (f"; all actions of the source lie between {low:.6g} and {high:.6g}: rescale them with "
-            f"--action-low {low:.6g} --action-high {high:.6g} (or what the task's action space "
-            "says), or cut them off with --clip-actions,")
+    return (f"; in the first {len(spans) - 1} episodes actions lie between {low:.6g} and "
+            f"{high:.6g}: delete {args.root / args.task} and rescale them with --action-low "
+            f"{low:.6g} --action-high {high:.6g} (better: what the task's action space says), or "
+            "cut them off with --clip-actions,")
 
 
 def _finish_conversion(args, folder):
@@ -2303,7 +2338,8 @@ def check_card(folder):
     """(card or None, [fault]) of a folder's task.json, and of the mark that says "unfinished"."""
     path, faults = folder / "task.json", []
     if (folder / UNFINISHED).exists():
-        faults.append(f"{folder}: incomplete; {UNFINISHED} has the command that completes it")
+        faults.append(f"{folder}: incomplete; run the command that began it again: python data.py "
+                      "make or convert")
     if not path.exists():
         return None, faults
     try:
@@ -2585,7 +2621,7 @@ def main(args):
             heldout = default_heldout(expand_tasks(args.tasks, root=args.root))
         make(args.tasks, args.root, heldout, args.episodes, args.processes, args.timeout)
         info(args.root)
-        # a job failed: it was named, and the command that completes the task stands in its folder
+        # a job failed: it was named
         if any((args.root / task / UNFINISHED).exists()
                for task in expand_tasks(args.tasks, root=args.root)):
             sys.exit(1)
