@@ -74,6 +74,7 @@ from eval import (
     rollout,
     run_jobs,
     split_task,
+    to_frames,
     to_gray,
     world_spec,
 )
@@ -1891,22 +1892,6 @@ def flatten(observations, start=None, stop=None):
     return x.reshape(len(x), -1).astype(np.float32)
 
 
-def to_frames(images):
-    """uint8 (T, H, W), (T, H, W, C) or (T, C, H, W) -> gray (T, 1, 64, 64), by areas."""
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.shape[-1] in (1, 3):
-        images = np.moveaxis(images, -1, 1)
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images {images.shape[1:]}; expected one channel or three")
-    images = to_gray(images)
-    if images.shape[2:] != (64, 64):
-        import cv2
-        images = np.stack([cv2.resize(x[0], (64, 64), interpolation=cv2.INTER_AREA)[None]
-                           for x in images])
-    return images
-
-
 READERS = {"minari": read_minari, "d4rl": read_flat, "robomimic": read_robomimic,
            "composuite": read_flat}
 
@@ -1962,9 +1947,6 @@ def convert(args):
             RuntimeError) as error:
         raise SystemExit(f"{args.source} cannot be read as {args.format} after episode {name}: "
                          f"{type(error).__name__}: {error}") from None
-    except ImportError as error:
-        raise SystemExit(f"pictures are resized by OpenCV ({error}); install it with: pip install "
-                         "opencv-python-headless; the same command continues") from None
     except KeyboardInterrupt:
         raise SystemExit("\ninterrupted; the same command continues where it was") from None
     if not done and not present:

@@ -265,18 +265,58 @@ def make_darkroom(split, render=False):
     return DarkRoom(split, render_mode="rgb_array" if render else None)
 
 
-# ------------------------------------------------------------------------------------------- Atari
-class InstantStart(gym.Wrapper):
-    """Resets an ALE game by restoring its first moment instead of loading its ROM again.
+# ---------------------------------------------------------------------------------------- pictures
+def to_gray(images):
+    """uint8 (T, C, H, W) -> (T, 1, H, W): one channel as it is, three by luma (BT.601)."""
+    if images.shape[1] == 1:
+        return images
+    luma = np.einsum("tchw,c->thw", images, (299.0, 587.0, 114.0))
+    return np.rint(luma / 1000).astype(np.uint8)[:, None]
 
-    ALE's own reset(seed) loads the ROM for each new seed (70 ms against 3); its reset() without a
-    seed does not, but then some games remember the last episode (Freeway's traffic, for one).
-    Without sticky actions the emulator draws no random numbers, so the seed only has to reach
-    `np_random`, from which AtariPreprocessing draws its number of initial no-ops.
+
+def to_frames(images):
+    """uint8 (T, H, W), (T, H, W, C) or (T, C, H, W), C 1 or 3 -> gray (T, 1, 64, 64), by areas.
+
+    Every sum is of whole numbers, which float64 holds exactly: all machines draw the same picture.
+    """
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] in (1, 3):
+        images = np.moveaxis(images, -1, 1)
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images {images.shape[1:]}; expected one channel or three")
+    images = to_gray(images)
+    height, width = images.shape[2:]
+    if (height, width) == (64, 64):
+        return images
+    sums = _overlaps(height) @ images @ _overlaps(width).T                  # (T, 1, 64, 64)
+    return np.rint(sums / (height * width)).astype(np.uint8)
+
+
+@functools.cache
+def _overlaps(size):
+    """(64, size): how much of each of 64 equal parts of a line lies in each of its `size` pixels;
+    a part is `size` long, a pixel 64.
+    """
+    part, pixel = np.arange(64)[:, None] * size, np.arange(size) * 64
+    shared = np.minimum(part + size, pixel + 64) - np.maximum(part, pixel)
+    return np.maximum(shared, 0).astype(np.float64)
+
+
+# ------------------------------------------------------------------------------------------- Atari
+class Atari(gym.Wrapper):
+    """An ALE game as agents see it: 4 frames a step, the brighter of the last two, 64 x 64 gray.
+
+    What gymnasium's AtariPreprocessing does (up to 30 no-ops at the start, too), without OpenCV;
+    and reset() restores the game's first moment instead of loading its ROM again: ALE's own
+    reset(seed) loads the ROM for each new seed (70 ms against 3), and after its reset() without a
+    seed some games remember the last episode (Freeway's traffic, for one). Without sticky actions
+    the emulator draws no random numbers: the seed decides the number of no-ops alone.
     """
 
     def __init__(self, env):
         super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
         env.reset()
         env.step(0)     # one frame in: Q*bert's memory is not complete at the very start
         self.start = self.unwrapped.ale.cloneState()
@@ -286,18 +326,20 @@ class InstantStart(gym.Wrapper):
         if seed is not None:
             game.np_random = np.random.default_rng(seed)
         game.ale.restoreState(self.start)
-        return game._get_obs(), game._get_info()
+        for _ in range(game.np_random.integers(1, 31)):
+            screen, *_, info = self.env.step(0)
+        return to_frames(screen[None])[0], info
 
-
-class ChannelFirst(gym.ObservationWrapper):
-    """(64, 64) -> (1, 64, 64)."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
-
-    def observation(self, picture):
-        return picture[None]
+    def step(self, action):
+        total, screens = 0.0, []
+        for _ in range(4):
+            screen, reward, terminated, truncated, info = self.env.step(action)
+            total += reward
+            screens.append(screen)
+            if terminated or truncated:
+                break
+        picture = np.max(screens[-2:], axis=0)      # some games draw half of it in each frame
+        return to_frames(picture[None])[0], total, terminated, truncated, info
 
 
 def make_atari(game, render=False):
@@ -318,10 +360,7 @@ def make_atari(game, render=False):
     env = gym.make(f"ALE/{name}-v5", frameskip=1, repeat_action_probability=0.0,
                    full_action_space=True, obs_type="grayscale",       # cheaper than unused RGB
                    render_mode="rgb_array" if render else None)
-    env = gym.wrappers.AtariPreprocessing(InstantStart(env), noop_max=30, frame_skip=4,
-                                          screen_size=64, grayscale_obs=True,
-                                          terminal_on_life_loss=False)
-    return gym.wrappers.TimeLimit(ChannelFirst(env), ATARI_STEPS)
+    return gym.wrappers.TimeLimit(Atari(env), ATARI_STEPS)
 
 
 # ----------------------------------------------------------------------------------------- Procgen
@@ -388,7 +427,7 @@ class Procgen(gym.Env):
         return self._observation(), float(reward[0]), done and not truncated, truncated, info
 
     def _observation(self):
-        return to_gray(self.picture.transpose(2, 0, 1)[None])[0]
+        return to_frames(self.picture[None])[0]
 
     def render(self):
         return self.picture
@@ -400,14 +439,6 @@ class Procgen(gym.Env):
 def make_procgen(game, render=False):
     """Procgen `game` ("maze", "coinrun", one of 16). See Procgen."""
     return Procgen(game, render_mode="rgb_array" if render else None)
-
-
-def to_gray(images):
-    """uint8 (T, C, 64, 64) -> (T, 1, 64, 64): one channel as it is, three by luma (BT.601)."""
-    if images.shape[1] == 1:
-        return images
-    luma = np.einsum("tchw,c->thw", images, (0.299, 0.587, 0.114))
-    return np.rint(luma).astype(np.uint8)[:, None]
 
 
 # ------------------------------------------------------------- robosuite: Composuite and Mimicgen
@@ -798,9 +829,7 @@ class GymWorld(gym.Wrapper):
     def _observe(self, obs):
         if not self.image:
             return gym.spaces.flatten(self.source, obs).astype(np.float32).reshape(-1)
-        import cv2
-        gray = cv2.cvtColor(obs, cv2.COLOR_RGB2GRAY) if obs.shape[2:] == (3,) else obs
-        return cv2.resize(gray, (64, 64), interpolation=cv2.INTER_AREA)[None]
+        return to_frames(obs[None])[0]
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
@@ -904,7 +933,7 @@ DOMAINS = {
         ("cartpole-balance", "finger-turn_hard", "pendulum-swingup", "reacher-hard", "walker-walk"),
         reward_scale=100.0, steps=1000),
     "atari": Domain(
-        make_atari, "ale_py", "ale-py==0.12.1 opencv-python-headless", tuple(_ATARI.split()),
+        make_atari, "ale_py", "ale-py==0.12.1", tuple(_ATARI.split()),
         ("alien", "ms_pacman", "pong", "space_invaders", "star_gunner"),
         reward_scale=20.0, clip_rewards=True, episodes=8, steps=2000),
     "procgen": Domain(

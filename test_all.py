@@ -1988,6 +1988,38 @@ def test_world_contract(task):
     other.close()
 
 
+@pytest.mark.parametrize("shape", ((15, 10), (210, 160), (64, 40)))
+def test_pictures_are_resized_by_area(shape):
+    """Against means of whole blocks, each pixel having been cut into 64 x 64 first."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
+    blocks = images.repeat(64, 1).repeat(64, 2).reshape(2, 64, shape[0], 64, shape[1])
+    expected = np.rint(blocks.mean((2, 4))).astype(np.uint8)[:, None]
+    assert np.array_equal(worlds.to_frames(images), expected)
+    assert np.array_equal(worlds.to_frames(images[..., None].repeat(3, -1)), expected)
+
+
+def test_atari_is_what_gymnasium_makes_of_it(monkeypatch):
+    """Pictures, points and lives, against AtariPreprocessing; ours needs no OpenCV."""
+    pytest.importorskip("ale_py")
+    cv2 = pytest.importorskip("cv2", exc_type=ImportError)
+    ours = worlds.make_env("atari/breakout")
+    plain = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0,
+                     full_action_space=True)
+    plain = gym.wrappers.AtariPreprocessing(plain, screen_size=64)
+    plain.env.reset()
+    plain.env.step(0)
+    for _ in range(np.random.default_rng(5).integers(1, 31)):
+        plain.env.step(0)
+    monkeypatch.setitem(sys.modules, "cv2", None)           # `import cv2` fails
+    ours.reset(seed=5)
+    seen = [ours.step(a % 18) for a in range(120)]
+    monkeypatch.setitem(sys.modules, "cv2", cv2)
+    for a, (picture, reward, terminated, _, info) in enumerate(seen):
+        obs, points, over, _, told = plain.step(a % 18)
+        assert np.array_equal(picture[0], obs) and reward == points
+        assert terminated == over and info["lives"] == told["lives"]
+
+
 def test_procgen_draws_levels_and_ends_as_it_should():
     """Levels 0 to 199 by the seed, on a used instance too; the clock truncates, a goal ends."""
     if worlds.install_line("procgen/maze"):
