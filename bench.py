@@ -200,17 +200,14 @@ class Table:
         print(f"\n{title}\n{'':<34}" + "".join(f"{c:>14}" for c in columns), flush=True)
 
     def row(self, name, shape, form, inputs, truth, operations=0, moved=0, backward=True,
-            graph=False, calls=1):
-        """Compare form(*inputs) with truth, then time it, forward and with its gradient.
-
-        calls: how many the form makes inside, whose mean time counts.
-        """
+            graph=False):
+        """Compare form(*inputs) with truth, then time it, forward and with its gradient."""
         row = {"table": self.title, "name": name, "shape": shape}
         self.rows.append(row)
         try:
             out = form(*inputs)
             row["error"] = ((out.float() - truth).norm() / truth.norm()).item()
-            row["forward_ms"] = milliseconds(partial(form, *inputs), graph) / calls
+            row["forward_ms"] = milliseconds(partial(form, *inputs), graph)
             if backward:
                 leaves = [x.detach().requires_grad_() for x in inputs]
                 gradient = torch.randn_like(out)
@@ -307,21 +304,11 @@ def step_rows(table, shapes, dtype):
                     h.append(out)
                 return torch.stack(h, 2)
             forms["mlstm-kernels step, per token"] = lambda *a: tokens(*a[:7], a[7][..., None])
-        if T <= 4:      # four calls: three that leave C alone and one that writes it
-            waiting = kernels.mlstm_waiting(B, H, K, K, 4 * T, table.device, dtype)
-
-            def lazy(*a):
-                (*a, memory), used, first = state(a), 0, None
-                for _ in range(4):
-                    h, memory, used = kernels.mlstm_lazy_step_triton(*a, memory, waiting, used)
-                    first = h if first is None else first
-                return first
-            forms["kernels.py, lazy, C in place"] = lazy
         for name, form in forms.items():
             given = [x.clone() for x in inputs] if "in place" in name else inputs
             with torch.no_grad():
                 table.row(name, (B, H, T, K), form, given, truth, moved=8 * B * H * K * K,
-                          backward=False, graph=True, calls=4 if "lazy" in name else 1)
+                          backward=False, graph=True)
 
 
 def stepwise(T, *inputs):

@@ -28,8 +28,6 @@ units of C = 4 K V, the matrix memory, 0.26 to 3.2 MB at K = V = 256 to 896)
        backwards (mix_kernel, dgates_kernel)  gradient without another product
     7  up to 8 tokens in one launch           2 C bytes for 3 tokens instead of 6 C, no barrier:
        (step_kernel)                          strips of C are independent
-    8  lazy fold: the last tokens wait in a   C bytes read a step, and as many written only when
-       buffer (step_kernel, LAZY)             the buffer is full; exact
 
 What a program owns, for one head (chunked mLSTM; the step kernel owns strips of C)
 
@@ -591,106 +589,75 @@ mlstm_forward_op.register_autograd(_mlstm_gradient, setup_context=_mlstm_save)
 
 # ------------------------------------------------------------------------------------ mLSTM: steps
 @triton.jit
-def joined(x, x_old, at, shift, new, waits, store, LAZY: tl.constexpr):
-    """What the new tokens hold at x + at - shift and the waiting ones at x_old + at, the rest 0.
-
-    With store the new ones are put behind the waiting ones.
-    """
-    y = tl.load(x + at - shift, mask=new, other=0.0)
-    if LAZY:
-        if store:
-            tl.store(x_old + at, y, mask=new)
-        y += tl.load(x_old + at, mask=waits, other=0.0)
-    return y
-
-
-@triton.jit
-def step_kernel(q, k, v, i, f, C, n, m, k_old, v_old, i_old, f_old, h, C_out, n_out, m_out,
-                T, used, W, H, K, V, scale, LAZY: tl.constexpr, FOLD: tl.constexpr,
-                TP: tl.constexpr, SP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def step_kernel(q, k, v, i, f, C, n, m, h, C_out, n_out, m_out, T, H, K, V, scale,
+                TP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """T = 1 to 8 tokens at once: the parallel form with the memory that came before.
 
-    Program: a strip of BV columns of one head's C, read once and, with FOLD, written once (C_out
-    may be C). LAZY: `used` earlier tokens wait in k_old (B, W, H, K), v_old, i_old, f_old (B, H, W)
-    because no fold has written them to C yet; they are attended to, and the new ones join them.
-    Bytes 8 K V per head, 4 K V without FOLD; FLOPs 4 T K V: the memory's bandwidth is the floor.
-    Every program sums q k and q n for itself, (T + 1) / (2 BV) of its work; the first strip writes
-    n, m and what waits.
+    Program: a strip of BV columns of one head's C, read once and written once (C_out may be C).
+    Bytes 8 K V per head; FLOPs 4 T K V: the memory's bandwidth is the floor. Every program sums
+    q k and q n for itself, (T + 1) / (2 BV) of its work; the first strip writes n and m.
     """
     strips = tl.cdiv(V, BV)
     strip, p = tl.program_id(0) % strips, (tl.program_id(0) // strips).to(tl.int64)
-    token, old = p // H * T * H + p % H, p // H * W * H + p % H     # rows of k and of k_old
-    s, t = tl.arange(0, SP), used + tl.arange(0, TP)        # waiting and new tokens; new ones
-    new, waits, in_T = (s >= used) & (s < used + T), s < used, tl.arange(0, TP) < T
-    col = strip * BV + tl.arange(0, BV)
-    in_V = (col < V)[None, :]
+    token = p // H * T * H + p % H                          # row of q, k, v
+    t = tl.arange(0, TP)
+    in_T = t < T
+    rows, col = t[:, None], strip * BV + tl.arange(0, BV)
+    in_V = in_T[:, None] & (col < V)[None, :]
     # b, w, M as in gate_kernel
-    i_s = joined(i + p * T, i_old + p * W, s, used, new, waits, strip == 0, LAZY)   # (SP,)
-    f_s = joined(f + p * T, f_old + p * W, s, used, new, waits, strip == 0, LAZY)
-    log_f = log_sigmoid(f_s.to(tl.float64))
-    log_f = tl.where(s < used + T, tl.where(log_f < -1e5, -1e5, log_f), 0.0)
-    w = i_s.to(tl.float64) - tl.cumsum(log_f, axis=0)
-    w = tl.where(s < used + T, tl.where(w < -1e30, -1e30, w), -1e30)
-    v_s = joined(v + token * V, v_old + old * V, s[:, None] * (H * V) + col[None, :], used * H * V,
-                 new[:, None] & in_V, waits[:, None] & in_V, True, LAZY).to(tl.float32)  # (SP, BV)
-    past = s[None, :] <= tl.where(in_T, t, -1)[:, None]                             # (TP, SP)
+    i_s = tl.load(i + p * T + t, mask=in_T, other=0.0).to(tl.float64)               # (TP,)
+    log_f = log_sigmoid(tl.load(f + p * T + t, mask=in_T, other=0.0).to(tl.float64))
+    log_f = tl.where(in_T, tl.where(log_f < -1e5, -1e5, log_f), 0.0)
+    w = i_s - tl.cumsum(log_f, axis=0)
+    w = tl.where(in_T, tl.where(w < -1e30, -1e30, w), -1e30)
+    v_s = tl.load(v + token * V + rows * (H * V) + col[None, :], mask=in_V, other=0.0)
+    v_s = v_s.to(tl.float32)                                                        # (TP, BV)
+    past = t[None, :] <= tl.where(in_T, t, -1)[:, None]                             # (TP, TP)
     b = tl.sum(tl.where(past, log_f[None, :], 0.0), axis=1)                         # (TP,)
     m_first = tl.load(m + p).to(tl.float64)
     M = tl.maximum(m_first, tl.max(tl.where(past, w[None, :], -float("inf")), axis=1))
     M_last = tl.maximum(m_first, tl.max(w, axis=0))
     keep = tl.exp((m_first - M_last).to(tl.float32))
-    write = tl.where(s < used + T, tl.exp((w - M_last).to(tl.float32)), 0.0)
+    write = tl.where(in_T, tl.exp((w - M_last).to(tl.float32)), 0.0)
     q_C = tl.zeros((TP, BK, BV), tl.float32)
-    q_k = tl.zeros((TP, SP, BK), tl.float32)
+    q_k = tl.zeros((TP, TP, BK), tl.float32)
     q_n = tl.zeros((TP, BK), tl.float32)
     for first in tl.range(0, K, BK, num_stages=4):          # four tiles of C on their way
         x = first + tl.arange(0, BK)
-        q_x = tl.load(q + token * K + tl.arange(0, TP)[:, None] * (H * K) + x[None, :],
-                      mask=in_T[:, None] & (x[None, :] < K), other=0.0).to(tl.float32)
-        in_K = (x < K)[None, :]
-        k_x = joined(k + token * K, k_old + old * K, s[:, None] * (H * K) + x[None, :],
-                     used * H * K, new[:, None] & in_K, waits[:, None] & in_K, strip == 0,
-                     LAZY).to(tl.float32)                                           # (SP, BK)
+        at, in_K = token * K + rows * (H * K) + x[None, :], in_T[:, None] & (x < K)[None, :]
+        q_x = tl.load(q + at, mask=in_K, other=0.0).to(tl.float32)                  # (TP, BK)
+        k_x = tl.load(k + at, mask=in_K, other=0.0).to(tl.float32)
         n_x = tl.load(n + p * K + x, mask=x < K, other=0.0)
         tile, inside = x[:, None] * V + col[None, :], (x[:, None] < K) & (col[None, :] < V)
         C_x = tl.load(C + p * K * V + tile, mask=inside, other=0.0)                 # (BK, BV)
         q_C += q_x[:, :, None] * C_x[None, :, :]
         q_k += q_x[:, None, :] * k_x[None, :, :]
         q_n += q_x * n_x[None, :]
-        if FOLD:
-            # C_T = keep C + sum_s write_s k_s v_s^T,   n_T = keep n + sum_s write_s k_s
-            k_x *= write[:, None]
-            C_x = keep * C_x + tl.sum(k_x[:, :, None] * v_s[:, None, :], axis=0)
-            tl.store(C_out + p * K * V + tile, C_x, mask=inside)
-            if strip == 0:
-                tl.store(n_out + p * K + x, keep * n_x + tl.sum(k_x, axis=0), mask=x < K)
+        # C_T = keep C + sum_s write_s k_s v_s^T,   n_T = keep n + sum_s write_s k_s
+        k_x *= write[:, None]
+        C_x = keep * C_x + tl.sum(k_x[:, :, None] * v_s[:, None, :], axis=0)
+        tl.store(C_out + p * K * V + tile, C_x, mask=inside)
+        if strip == 0:
+            tl.store(n_out + p * K + x, keep * n_x + tl.sum(k_x, axis=0), mask=x < K)
     decay = tl.exp((m_first - M).to(tl.float32)) * scale
-    S = tl.where(past, tl.sum(q_k, axis=2) * weights(w, M) * scale, 0.0)            # (TP, SP)
+    S = tl.where(past, tl.sum(q_k, axis=2) * weights(w, M) * scale, 0.0)            # (TP, TP)
     den = tl.sum(q_n, axis=1) * decay + tl.sum(S, axis=1)
     num = tl.sum(q_C, axis=1) * decay[:, None] + tl.sum(S[:, :, None] * v_s[None, :, :], axis=1)
     h_t = num / (tl.maximum(tl.abs(den), tl.exp((-b - M).to(tl.float32))) + 1e-6)[:, None]
-    tl.store(h + token * V + tl.arange(0, TP)[:, None] * (H * V) + col[None, :], h_t,
-             mask=in_T[:, None] & (col[None, :] < V))
-    if FOLD:
-        if strip == 0:
-            tl.store(m_out + p, tl.sum(log_f, axis=0) + M_last)
+    tl.store(h + token * V + rows * (H * V) + col[None, :], h_t, mask=in_V)
+    if strip == 0:
+        tl.store(m_out + p, tl.sum(log_f, axis=0) + M_last)
 
 
-def step_forward(q, k, v, i, f, C, n, m, C_out, waiting=None, used=0, fold=True):
-    """As mlstm_forward for T <= 8, and C_out, into which the new C goes -> h, n, m.
-
-    waiting: k, v (B, W, H, .), i, f (B, H, W) of tokens that are not in C yet, `used` of them, to
-    which the new ones are added; fold: all of them are written to C, n and m.
-    """
+def step_forward(q, k, v, i, f, C, n, m, C_out):
+    """As mlstm_forward for T <= 8, and C_out, into which the new C goes -> h, n, m."""
     (B, T, H, K), V = q.shape, v.shape[-1]
     h, n_out, m_out = (torch.empty_like(x) for x in (v, n, m))
     # the widest strips that still give every multiprocessor (up to 132) a program or two
     BV = next((w for w in (64, 32) if B * H * triton.cdiv(V, w) >= 256), 16)
-    TP, SP = triton.next_power_of_2(T), triton.next_power_of_2(used + T)
-    launch(step_kernel, (B * H * triton.cdiv(V, BV),), q, k, v, i, f, C, n, m,
-           *(waiting or (k, v, i, f)), h, C_out, n_out, m_out, T, used,
-           waiting[0].shape[1] if waiting else T, H, K, V, K ** -0.5, LAZY=waiting is not None,
-           FOLD=fold, TP=TP, SP=SP, BK=min(128, 4096 // (max(TP, SP if fold else TP) * BV)), BV=BV)
+    TP = triton.next_power_of_2(T)
+    launch(step_kernel, (B * H * triton.cdiv(V, BV),), q, k, v, i, f, C, n, m, h, C_out, n_out,
+           m_out, T, H, K, V, K ** -0.5, TP=TP, BK=min(128, 4096 // (TP * BV)), BV=BV)
     return h, n_out, m_out
 
 
@@ -708,22 +675,6 @@ def step_in_place_op(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: T
                      m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """step_forward over the given C -> h, n, m."""
     return step_forward(q, k, v, i, f, C, n, m, C)
-
-
-@torch.library.custom_op("lram::mlstm_lazy_step_",
-                         mutates_args=("C", "k_old", "v_old", "i_old", "f_old"))
-def lazy_step_op(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, n: Tensor,
-                 m: Tensor, k_old: Tensor, v_old: Tensor, i_old: Tensor, f_old: Tensor, used: int,
-                 fold: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """step_forward with tokens that wait -> h and, with fold, n and m (else empty)."""
-    h, n, m = step_forward(q, k, v, i, f, C, n, m, C, (k_old, v_old, i_old, f_old), used, fold)
-    return (h, n, m) if fold else (h, n.new_empty(0), m.new_empty(0))
-
-
-@lazy_step_op.register_fake
-def _(q, k, v, i, f, C, n, m, k_old, v_old, i_old, f_old, used, fold):
-    return (torch.empty_like(v), *(torch.empty_like(x) if fold else x.new_empty(0)
-                                   for x in (n, m)))
 
 
 @step_op.register_fake
@@ -787,37 +738,6 @@ def mlstm_step_triton(q, k, v, i, f, state, in_place=False):
     else:
         h, C, n, m = step_op(*inputs, C, n, m)
     return h.transpose(1, 2), (C, n, m)
-
-
-def mlstm_waiting(B, H, K, V, W, device, dtype):
-    """Room for W <= 16 tokens that wait to be written to C (mlstm_lazy_step_triton): k, v, i, f."""
-    zeros = lambda *shape, dtype=dtype: torch.zeros(shape, device=device, dtype=dtype)
-    return (zeros(B, W, H, K), zeros(B, W, H, V), zeros(B, H, W, dtype=torch.float32),
-            zeros(B, H, W, dtype=torch.float32))
-
-
-def mlstm_lazy_step_triton(q, k, v, i, f, state, waiting, used):
-    """mlstm_step_triton that writes C only when `waiting` is full: exact, half the state's traffic.
-
-    waiting: from mlstm_waiting; used: tokens in it. Both waiting and state's C change in place; the
-    state is that before the tokens that wait. Returns h, state, used. A row starts afresh with its
-    C, n, m zero and its waiting i at -inf.
-    """
-    *inputs, C, n, m = _mlstm_inputs("mlstm_lazy_step_triton", q, k, v, i, f, state)
-    (B, H, T, K), V, W = q.shape, v.shape[-1], waiting[2].shape[-1]
-    expected = (B, W, H, K), (B, W, H, V), (B, H, W), (B, H, W)
-    if (state is None or T > 8 or W > 16 or not 0 <= used <= W - T or C is not state[0]
-            or any(x.shape != shape or not x.is_contiguous() or x.device != q.device
-                   for x, shape in zip(waiting, expected))
-            or waiting[0].dtype != q.dtype or waiting[1].dtype != v.dtype):
-        raise ValueError(f"mlstm_lazy_step_triton: got {T} tokens, {used} waiting in "
-                         f"{[tuple(x.shape) for x in waiting]}, state {state is not None}; takes 1 "
-                         "to 8 tokens, a state with contiguous C, and room for them in "
-                         f"mlstm_waiting(B={B}, H={H}, K={K}, V={V}, W <= 16)")
-    fold = used + 2 * T > W                         # no room for the next call
-    h, n_new, m_new = lazy_step_op(*inputs, C, n, m, *waiting, used, fold)
-    state = (C, n_new, m_new) if fold else (C, n, m)
-    return h.transpose(1, 2), state, 0 if fold else used + T
 
 
 def mlstm_triton(q, k, v, i, f, state=None, final_state=True):
@@ -1356,11 +1276,6 @@ def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
             for T in (1, 3, 8):
                 q, gate = meta(1, T, 4, K, dtype=dtype), meta(1, 4, T)
                 step_forward(q, q, q, gate, gate, *(x[:1] for x in (C, n, m)), C[:1])
-            for used, fold in ((0, False), (9, True)):      # 3 tokens and the lazy fold
-                q, gate = meta(1, 3, 4, K, dtype=dtype), meta(1, 4, 3)
-                waiting = mlstm_waiting(1, 4, K, K, 12, "meta", dtype)
-                step_forward(q, q, q, gate, gate, *(x[:1] for x in (C, n, m)), C[:1], waiting,
-                             used, fold)
             dh, E, N = K // 2, 4 * K, 16            # an sLSTM head and a Mamba block of that model
             for T in (1, 150):
                 R, y = meta(4, 4, dh, dh, dtype=dtype), meta(4, 4, dh)

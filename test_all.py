@@ -424,36 +424,6 @@ def test_mlstm_step_kernel(T):
 
 
 @kernel_test
-@pytest.mark.parametrize("lengths,W", (([3] * 9, 12), ([1] * 12, 5), ([8, 8], 8), ([2] * 9, 16)))
-def test_mlstm_lazy_step_kernel(lengths, W):
-    """C written every W tokens only: the float64 recurrence, a reset row, C untouched between."""
-    import kernels
-    T, device = sum(lengths), "cuda" if GPU else "cpu"
-    inputs, state, _ = mlstm_kernel_case(T, 48, 80, B=2, H=2)
-    truth, true_end = mlstm.mlstm_recurrent(*inputs, state)
-    inputs, state = ([x.float().to(device) for x in xs] for xs in (inputs, state))
-    waiting = kernels.mlstm_waiting(2, 2, 48, 80, W, device, torch.float32)
-    used, hs, start = 0, [], 0
-    kernels.LAUNCHES.clear()
-    for n in lengths:
-        before, folds = state[0].clone(), used + 2 * n > W
-        h, state, used = kernels.mlstm_lazy_step_triton(
-            *(x[:, :, start:start + n] for x in inputs), state, waiting, used)
-        assert torch.equal(before, state[0]) != folds
-        hs.append(h)
-        start += n
-    assert kernels.LAUNCHES == {"step_kernel": len(lengths)}
-    assert relative(torch.cat(hs, 2).cpu(), truth) < 1e-4
-    if used == 0:
-        assert max(relative(a.cpu(), b) for a, b in zip(state, true_end)) < 1e-4
-    # row 0 starts afresh while its tokens wait
-    state[0][0], state[1][0], state[2][0], waiting[2][0] = 0.0, 0.0, 0.0, -torch.inf
-    h, *_ = kernels.mlstm_lazy_step_triton(*(x[:, :, :1] for x in inputs), state, waiting, used)
-    fresh, _ = mlstm.mlstm_recurrent(*(x[:1, :, :1].double().cpu() for x in inputs))
-    assert relative(h[:1].cpu(), fresh) < 1e-4
-
-
-@kernel_test
 @pytest.mark.parametrize("T,chunk", ((7, None), (200, None), (400, 64)))
 def test_mlstm_kernel_under_stress(T, chunk, monkeypatch):
     """Gates of +-30, numerator and denominator apart as in test_mlstm_under_stress."""
@@ -728,10 +698,6 @@ def test_kernels_refuse_what_they_cannot_take():
     with pytest.raises(ValueError, match="contiguous C"):
         flipped = (state[0].transpose(2, 3), *state[1:])
         kernels.mlstm_step_triton(q, q, q, gate, gate, flipped, in_place=True)
-    waiting = kernels.mlstm_waiting(1, 2, 16, 16, 6, device, torch.float32)
-    for used, state_given in ((3, state), (-1, state), (0, None)):      # 4 tokens do not fit
-        with pytest.raises(ValueError, match="lazy_step_triton: got 4 tokens.* room for them"):
-            kernels.mlstm_lazy_step_triton(q, q, q, gate, gate, state_given, waiting, used)
     gates, R = make(2, 3, 4, 2, 16), make(4, 2, 16, 16)
     for args in ((gates[:, :0], R), (gates.double(), R), (gates, R[..., :8]), (gates[0], R)):
         with pytest.raises(ValueError, match="slstm_scan_triton: got .* use slstm.slstm_scan"):
