@@ -78,7 +78,8 @@ def launch(kernel, grid, *args, num_warps=4, num_stages=2, **constants):
     if args[0].is_meta:                 # compile_all(): compiled for its target instead
         return _compile(kernel, args, constants, num_warps, num_stages)
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+                     **constants)
 
 
 def dot_precision():
@@ -106,18 +107,18 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def product(acc, a, a_mask, a_step, b, b_mask, b_step, lo, hi,
+def product(acc, a, a_mask, a_step, a_hi, b, b_mask, b_step, lo, hi,
             BLOCK: tl.constexpr, IN: tl.constexpr):
     """acc (M, N) + sum over x in [lo, hi) of a[:, x] b[x, :], the matrix product of this file.
 
     a (M, 1), b (1, N): pointers to element 0 of every row and column; a_step, b_step: distance
-    from one x to the next.
+    from one x to the next. a is read up to a_hi >= hi: a multiple of 16 where a's rows are
+    contiguous, or the mask would cut loads of 16 bytes into single numbers.
     """
     for start in range(lo, hi, BLOCK):
         x = start + tl.arange(0, BLOCK)
-        inside = x < hi
-        left = tl.load(a + x[None, :] * a_step, mask=a_mask & inside[None, :], other=0.0)
-        right = tl.load(b + x[:, None] * b_step, mask=b_mask & inside[:, None], other=0.0)
+        left = tl.load(a + x[None, :] * a_step, mask=a_mask & (x < a_hi)[None, :], other=0.0)
+        right = tl.load(b + x[:, None] * b_step, mask=b_mask & (x < hi)[:, None], other=0.0)
         acc = tl.dot(left.to(right.dtype), right, acc, input_precision=IN)
     return acc
 
@@ -203,7 +204,7 @@ def scores_kernel(q, k, n, w, M, S, den, T, H, K, L, chunks, scale,
         s = first + tl.arange(0, BT)
         w_s = tl.load(w + p * T + start + s, mask=s < size, other=0.0)
         k_s = k + token * K + s[None, :] * (H * K)          # (1, BT) pointers
-        S_tile = product(tl.zeros((BT, BT), tl.float32), q_t, inside[:, None], 1,
+        S_tile = product(tl.zeros((BT, BT), tl.float32), q_t, inside[:, None], 1, K,
                          k_s, (s < size)[None, :], 1, 0, K, BLOCK, IN)
         S_tile = tl.where(s[None, :] <= t[:, None], S_tile * weights(w_s, M_t) * scale, 0.0)
         den_t += tl.sum(S_tile, axis=1)
@@ -314,7 +315,7 @@ def mix_kernel(x, state, vector, factor, pairs, y, out, row, dots, w, M, m, den,
     acc = tl.zeros((BT, BW), tl.float32)
     if STATE:
         slot = p * (chunks + 1) + (c if BACK else c + 1)
-        acc = product(acc, x + token * X + t[:, None] * (H * X), inside, 1,
+        acc = product(acc, x + token * X + t[:, None] * (H * X), inside, 1, X,
                       state + slot * X * Y + col[None, :] * y_stride, in_row, x_stride,
                       0, X, BLOCK, IN)
         if VECTOR:
@@ -330,12 +331,13 @@ def mix_kernel(x, state, vector, factor, pairs, y, out, row, dots, w, M, m, den,
             w_t = tl.load(w + at, mask=t < size, other=0.0)
             weight = tl.exp((w_t - edge).to(tl.float32))
         acc *= weight[:, None]
-    if BACK:
-        acc = product(acc, pairs + at[:, None] * L, inside, 1, y + token * Y + col[None, :],
-                      in_row, H * Y, 0, tl.minimum((tile + 1) * BT, size), BLOCK, IN)
+    y_s, hi = y + token * Y + col[None, :], tl.minimum((tile + 1) * BT, L)
+    if BACK:                                # behind size, pairs are 0 up to L, a multiple of 16
+        acc = product(acc, pairs + at[:, None] * L, inside, 1, hi, y_s, in_row, H * Y,
+                      0, tl.minimum(hi, size), BLOCK, IN)
     else:
-        acc = product(acc, pairs + (p * T + start) * L + t[:, None], inside, L,
-                      y + token * Y + col[None, :], in_row, H * Y, tile * BT, size, BLOCK, IN)
+        acc = product(acc, pairs + (p * T + start) * L + t[:, None], (t < L)[:, None], L, size,
+                      y_s, in_row, H * Y, tile * BT, size, BLOCK, IN)
     if NORM:
         acc /= normaliser(m, den, at, t < size)[:, None]
     out_t = token * Y + t[:, None] * (H * Y) + col[None, :]
@@ -389,7 +391,7 @@ def dscores_kernel(dh, h, v, w, M, m, den, P, dnum, dden, T, H, V, L, chunks, sc
         s = first + tl.arange(0, BT)
         w_s = tl.load(w + p * T + start + s, mask=s < size, other=0.0)
         P_tile = product(tl.zeros((BT, BT), tl.float32),
-                         dh + token * V + t[:, None] * (H * V), inside[:, None], 1,
+                         dh + token * V + t[:, None] * (H * V), inside[:, None], 1, V,
                          v + token * V + s[None, :] * (H * V), (s < size)[None, :], 1,
                          0, V, BLOCK, IN)
         P_tile = (P_tile / N[:, None] + dden_t[:, None]) * weights(w_s, M_t) * scale
@@ -1239,9 +1241,11 @@ def _compile(kernel, args, constants, num_warps, num_stages):
     if key not in _compiled:
         source = ASTSource(kernel, signature, values, attributes)
         binary = triton.compile(source, target=GPUTarget("cuda", _target, 32),
-                                options={"num_warps": num_warps, "num_stages": num_stages})
+                                options={"num_warps": num_warps, "num_stages": num_stages,
+                                         "enable_fp_fusion": True})
         used = binary.metadata.shared / 1024
-        _compiled[key] = used, _stack_bytes(binary)
+        narrow = len(re.findall(r"ld\.global\S*\.b16", binary.asm["ptx"]))
+        _compiled[key] = used, _stack_bytes(binary), narrow
         if used > TARGETS[_target]:
             raise RuntimeError(f"{kernel.__name__} needs {used:.0f} KiB of shared memory, "
                                f"sm_{_target} has {TARGETS[_target]}")
@@ -1291,9 +1295,10 @@ def compile_all(widths=PAPER_WIDTHS, targets=TARGETS, dtype=torch.bfloat16):
             print(f"sm_{_target}  head width {K:>4}: {len(_compiled) - before} new binaries",
                   flush=True)
     for name in sorted({key[0] for key in _compiled}):
-        shared, stack = zip(*(used for key, used in _compiled.items() if key[0] == name))
+        shared, stack, narrow = zip(*(x for key, x in _compiled.items() if key[0] == name))
         print(f"{name:<24}{len(shared):>4} binaries, shared memory {min(shared):.0f} to "
-              f"{max(shared):.0f} KiB, stack at most {max(stack)} bytes a thread")
+              f"{max(shared):.0f} KiB, at most {max(stack)} bytes of stack and {max(narrow)} loads "
+              "of 2 bytes a thread")
 
 
 def _self_check():

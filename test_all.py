@@ -331,12 +331,17 @@ def test_kernels_interpreted():
 
 @pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="Triton is for Linux")
 def test_kernels_compile_ahead_of_time():
-    """Two widths of the paper for two GPUs nobody needs to have; all: kernels.py --compile-all."""
+    """Two widths of the paper for two GPUs nobody needs to have; all: kernels.py --compile-all.
+
+    q, k, v, S and P are loaded in 16 bytes at a time, also where T is 150, no multiple of 16.
+    """
     result = run("-c", "import kernels; kernels.compile_all((352, 640))")
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0 and "FP_FUSION" not in result.stderr, result.stderr[-3000:]
     import kernels
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        assert re.search(rf"^{name} +\d+ binaries", result.stdout, re.M), name
+        (line,) = re.findall(rf"^{name} +\d+ binaries.*", result.stdout, re.M)
+        tiled = name in ("states_kernel", "scores_kernel", "mix_kernel", "dscores_kernel")
+        assert not tiled or " 0 loads of 2 bytes" in line, line
 
 
 def kernel_errors(cell, truth, inputs, state, weights, dtype=torch.float32):
