@@ -107,6 +107,14 @@ def log_sigmoid(x):
 
 
 @triton.jit
+def tanh(z):
+    """2 sigmoid(2z) - 1, and near 0, where that loses its digits, the series."""
+    x = z * z
+    series = z * (1 - x * (1 / 3 - x * (2 / 15 - x * (17 / 315))))
+    return tl.where(x < 0.04, series, 2 * tl.sigmoid(2 * z) - 1)
+
+
+@triton.jit
 def product(acc, a, a_mask, a_step, a_hi, b, b_mask, b_step, lo, hi,
             BLOCK: tl.constexpr, IN: tl.constexpr):
     """acc (M, N) + sum over x in [lo, hi) of a[:, x] b[x, :], the matrix product of this file.
@@ -705,7 +713,8 @@ def _mlstm_inputs(name, q, k, v, i, f, state):
                "float16), K and V multiples of 16, none empty, i, f (B, H, T), state C (B, H, K, "
                "V), n (B, H, K), m (B, H) in float32", "mlstm.mlstm_chunkwise")
     if state is None:
-        state = [torch.zeros(shape, device=q.device) for shape in ((0,), (0,), (B, H))]
+        state = [torch.zeros(shape, dtype=torch.float32, device=q.device)
+                 for shape in ((0,), (0,), (B, H))]
     # the block's q, k, v are (B, T, H, K) in memory already: no copy
     return [*(x.transpose(1, 2).contiguous() for x in (q, k, v)),
             *(x.contiguous() for x in (i, f, *state[:2], state[2].detach()))]
@@ -816,8 +825,7 @@ def slstm_forward_kernel(gates, R, S, raw, out, first, steps, tiles, B, T, H, dh
             m = tl.maximum(log_f, i)
             write, forget = tl.exp(i - m), tl.exp(log_f - m)
             # c_t = f c_{t-1} + i tanh(z),   n_t = f n_{t-1} + i,   y_t = sigmoid(o) c_t / n_t
-            c = forget * tl.load(old + size + col, mask=mask, other=0.0)
-            c += write * (2 * tl.sigmoid(2 * z) - 1)
+            c = forget * tl.load(old + size + col, mask=mask, other=0.0) + write * tanh(z)
             n = forget * tl.load(old + 2 * size + col, mask=mask, other=0.0) + write
             y_t = tl.sigmoid(o) * c / n
             tl.store(new + col, y_t, mask=mask)
@@ -848,17 +856,27 @@ def slstm_backward_kernel(d_out, R, S, raw, d_raw, dS, first, steps, tiles, B, T
             mask = (row < B) & (col < dh)
             at = row * width + head * dh + col                                      # (ROWS, COLS)
             # dy_t = dL/dy_t + sum_g R_g^T d_raw_g(t+1)
-            dy = tl.load(dS + at, mask=mask & (step == 0), other=0.0)
+            # four sums, added at the end: four products in a row into one tile of accumulators
+            # have been reported to be compiled wrongly for the newest GPUs
+            i = tl.load(dS + at, mask=mask & (step == 0), other=0.0)
+            f, z, o = tl.zeros_like(i), tl.zeros_like(i), tl.zeros_like(i)
             for start in range(0, dh, BLOCK):
                 x = start + tl.arange(0, BLOCK)
                 d_at = d_raw + (row * T + t + 1) * 4 * width + head * dh + x[None, :]
                 in_d = (row < B) & (x[None, :] < dh) & (step > 0)
                 R_at = R + (head * dh + x[:, None]) * ld + col                      # (BLOCK, COLS)
                 in_R = (x[:, None] < dh) & (col < ld)
-                for g in tl.static_range(4):
-                    d_next = tl.load(d_at + g * width, mask=in_d, other=0.0)        # (ROWS, BLOCK)
-                    R_g = tl.load(R_at + g * width * ld, mask=in_R, other=0.0)
-                    dy = tl.dot(d_next, R_g, dy, input_precision=IN)
+                i = tl.dot(tl.load(d_at, mask=in_d, other=0.0),                     # (ROWS, BLOCK)
+                           tl.load(R_at, mask=in_R, other=0.0), i, input_precision=IN)
+                f = tl.dot(tl.load(d_at + width, mask=in_d, other=0.0),
+                           tl.load(R_at + width * ld, mask=in_R, other=0.0), f, input_precision=IN)
+                z = tl.dot(tl.load(d_at + 2 * width, mask=in_d, other=0.0),
+                           tl.load(R_at + 2 * width * ld, mask=in_R, other=0.0), z,
+                           input_precision=IN)
+                o = tl.dot(tl.load(d_at + 3 * width, mask=in_d, other=0.0),
+                           tl.load(R_at + 3 * width * ld, mask=in_R, other=0.0), o,
+                           input_precision=IN)
+            dy = i + f + z + o
             if t < 0:
                 tl.store(dS + at, dy, mask=mask)
             else:
@@ -870,7 +888,7 @@ def slstm_backward_kernel(d_out, R, S, raw, d_raw, dS, first, steps, tiles, B, T
                 m = tl.load(new + 3 * size, mask=mask)
                 raw_t = (row * T + t) * 4 * width + head * dh + col
                 i, f = tl.load(raw + raw_t, mask=mask), tl.load(raw + raw_t + width, mask=mask)
-                z = 2 * tl.sigmoid(2 * tl.load(raw + raw_t + 2 * width, mask=mask)) - 1
+                z = tanh(tl.load(raw + raw_t + 2 * width, mask=mask))
                 o = tl.sigmoid(tl.load(raw + raw_t + 3 * width, mask=mask))
                 write = tl.exp(i - m)
                 forget = tl.exp(log_sigmoid(f) + tl.load(old + 3 * size, mask=mask) - m)
@@ -989,7 +1007,7 @@ def slstm_scan_triton(gates, R, state=None):
     """
     B, T, four, H, dh = gates.shape if gates.dim() == 5 else (0,) * 5
     if state is None:
-        zeros = torch.zeros(B, H, dh, device=gates.device)
+        zeros = torch.zeros(B, H, dh, dtype=torch.float32, device=gates.device)
         state = zeros, zeros, zeros, torch.full_like(zeros, -torch.inf)
     if (four != 4 or len(state) != 4 or R.shape != (4, H, dh, dh)
             or not acceptable([gates, R, *state])
@@ -1210,7 +1228,7 @@ def selective_scan_triton(u, dt, A, B, C, D, state=None):
                "(E,) in float32, bfloat16 or float16 and state (B, E, N) in float32, none empty",
                "mamba.selective_scan")
     if state is None:
-        state = torch.zeros(u.shape[0], *A.shape, device=u.device)
+        state = torch.zeros(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
     inputs = [x.contiguous() for x in (u, dt, A, B, C, D, state)]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return scan_forward_op(*inputs, save)[:2]

@@ -525,6 +525,17 @@ def test_slstm_kernel_under_stress(T):
 
 
 @kernel_test
+def test_slstm_kernel_keeps_the_digits_of_small_inputs():
+    """One token with R = 0 and o = 0: y = tanh(z) / 2, each element relative to itself."""
+    import kernels
+    z, gates = torch.logspace(-8, 1, 64), torch.zeros(1, 1, 4, 1, 64)
+    gates[0, 0, 2, 0] = z
+    device = "cuda" if GPU else "cpu"
+    y, _ = kernels.slstm_scan_triton(gates.to(device), torch.zeros(4, 1, 64, 64, device=device))
+    assert (2 * y.flatten().cpu().double() / z.double().tanh() - 1).abs().max() < 1e-6
+
+
+@kernel_test
 @pytest.mark.parametrize("T,B,E,N", (
     *((T, 1, 5, 16) for T in (1, 2, 3, 15, 16, 17, 65)), (9, 3, 80, 7), (20, 2, 70, 16),
     (8, 1, 1, 1), (5, 2, 5, 40)))
@@ -630,6 +641,26 @@ def test_kernels_in_half_precision(name):
         for a, b in pairs:
             error = ((a - b).norm() / b.norm()).item()
             assert error < (5e-3 if dtype == torch.float16 else 4e-2), (name, dtype, error)
+
+
+@kernel_test
+def test_kernels_keep_float32_states_whatever_the_default():
+    """A fresh state under another default dtype: float32, and good for the next call."""
+    import kernels
+    cells = {"mlstm": kernels.mlstm_triton, "slstm": kernels.slstm_scan_triton,
+             "mamba": kernels.selective_scan_triton}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for name, cell in cells.items():
+            inputs = [x.to("cuda" if GPU else "cpu", torch.float32)
+                      for x in kernel_cases()[name][2]]
+            state = None
+            for _ in range(2):
+                _, state = cell(*inputs, state)
+                parts = state if isinstance(state, tuple) else (state,)
+                assert all(x.dtype == torch.float32 for x in parts), name
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @kernel_test
