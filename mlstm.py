@@ -275,7 +275,7 @@ class MLSTMBlock(nn.Module):
         h, memory = self.cell(heads(q), heads(k), heads(v), i, f, memory, final_state)
 
         # each head is normalised by itself: y = W_down((norm(h) + skip x_c) * silu(z))
-        h = F.layer_norm(h, (E // H,), eps=1e-5).transpose(1, 2).reshape(B, T, E)
+        h = F.layer_norm(h.transpose(1, 2), (E // H,), eps=1e-5).reshape(B, T, E)
         y = self.down((h * (1 + self.head_norm) + self.skip * x_c) * F.silu(z))
         return x + self.dropout(y), (*memory, conv) if final_state else None
 

@@ -429,7 +429,7 @@ def test_mlstm_step_kernel(T):
 
 
 @kernel_test
-@pytest.mark.parametrize("T,chunk", ((7, None), (200, None), (400, 64)))
+@pytest.mark.parametrize("T,chunk", ((7, None), (200, None), (1200, 64)))
 def test_mlstm_kernel_under_stress(T, chunk, monkeypatch):
     """Gates of +-30, numerator and denominator apart as in test_mlstm_under_stress."""
     import kernels
@@ -641,6 +641,24 @@ def test_kernels_in_half_precision(name):
         for a, b in pairs:
             error = ((a - b).norm() / b.norm()).item()
             assert error < (5e-3 if dtype == torch.float16 else 4e-2), (name, dtype, error)
+
+
+@kernel_test
+@pytest.mark.parametrize("name", ("slstm", "mamba"))
+def test_kernels_give_a_single_gradient(name):
+    """Where one input alone wants its gradient, it gets that of all: also R, or the first state."""
+    cell, _, inputs, state, weights = kernel_cases()[name]
+    device = "cuda" if GPU else "cpu"
+    inputs, state = ([x.float().to(device) for x in xs] for xs in (inputs, state))
+    count = len(inputs) + len(weights) - 1      # m, the last of some states, carries none
+
+    def gradients(which):
+        leaves = [x.detach().requires_grad_(j in which) for j, x in enumerate((*inputs, *state))]
+        out, _ = cell(*leaves[:len(inputs)], tuple(leaves[len(inputs):]))
+        return torch.autograd.grad(out.sin().sum(), [leaves[j] for j in which])
+    together = gradients(range(count))
+    for j in range(count):
+        assert torch.equal(gradients([j])[0], together[j]), j
 
 
 @kernel_test
