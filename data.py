@@ -89,7 +89,7 @@ DEFAULT_TASKS = (
     "dmcontrol/cartpole-balance",
     "atari/freeway",
 )
-VALIDATION_FRACTION = 0.025
+VALIDATION_FRACTION, LEAST_HELD_OUT = 0.025, 5      # the latter per task, in the data that we make
 # episode k of the data uses seed k; what a score is measured against has seeds of its own (scores:
 # 1,000,000 + k)
 EXPERT_SEED, RANDOM_SEED, CONSTANT_SEED = 2_500_000, 2_600_000, 2_700_000
@@ -1006,7 +1006,7 @@ class NoisyActions(gym.Wrapper):
     Continuous: executed = clip(action + sigma N(0, 1)). Discrete: with probability sigma a
     uniformly random action instead. Noise and sigma follow from reset's seed alone. sigma is 0 in a
     quarter of the episodes, else uniform up to sigma_max: such data show how to recover from
-    mistakes, and the label stays what the expert asked for.
+    mistakes: the label stays what the expert asked for, info["executed"] is what the world got.
     """
 
     def __init__(self, env, sigma_max):
@@ -1025,7 +1025,8 @@ class NoisyActions(gym.Wrapper):
         else:
             noise = sigma * self.rng.standard_normal(space.shape)
             action = np.clip(action + noise, -1, 1).astype(np.float32)
-        return self.env.step(action)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, {**info, "executed": action}
 
 
 # ----------------------------------------------------------------------------------- writing files
@@ -1048,10 +1049,12 @@ def storage(dtype, shape):
     return dict(compression="gzip", compression_opts=1, chunks=(min(16, shape[0]), *shape[1:]))
 
 
-def write_trajectory(path, states, actions, rewards, terminated, returns_to_go=None):
+def write_trajectory(path, states, actions, rewards, terminated, returns_to_go=None,
+                     executed=None):
     """One trajectory to HDF5, atomically: the name appears when the file is whole.
 
-    terminated: of the last step, or (T,) of each.
+    terminated: of the last step, or (T,) of each. executed, like actions: what the world received,
+    written where that differs from the labels.
     """
     temporary = Path(f"{path}.tmp")
     try:
@@ -1062,6 +1065,8 @@ def write_trajectory(path, states, actions, rewards, terminated, returns_to_go=N
             dones = np.zeros(len(rewards), bool)
             dones[-1 if np.ndim(terminated) == 0 else slice(None)] = terminated
             f.create_dataset("dones", data=dones)
+            if executed is not None and (executed != actions).any():
+                f.create_dataset("executed", data=executed)
             if returns_to_go is not None:
                 f.create_dataset("returns_to_go", data=returns_to_go.astype(np.float32))
         os.replace(temporary, path)
@@ -1101,7 +1106,7 @@ def _make_episodes(task, folder, seeds, advance):
                 name = f"{seed:06d}.hdf5" if life == 0 else f"{seed:06d}-{life}.hdf5"
                 end = episode.terminated or life + 1 < len(pieces)
                 write_trajectory(Path(folder) / name, episode.states[a:b], episode.actions[a:b],
-                                 rewards[a:b], end)
+                                 rewards[a:b], end, executed=episode.executed[a:b])
         pending = failed
         if not pending:
             break
@@ -1121,6 +1126,12 @@ def _measure(task, who, seeds, advance, whole=False):
     make = partial(make_env, task, limit=recipe.limit if recipe and not whole else None)
     done = rollout(make, policy, seeds, num_envs=4, keep_states=False, advance=advance)
     return [float(e.rewards.sum()) for e in done]
+
+
+def seeds_of(episodes):
+    """The seeds of a task's data: the first ones, and those that it takes to hold out five."""
+    held_out = (s for s in itertools.count() if share_of(f"{s:06d}") < VALIDATION_FRACTION)
+    return sorted({*range(episodes), *itertools.islice(held_out, min(LEAST_HELD_OUT, episodes))})
 
 
 def default_heldout(tasks):
@@ -1220,7 +1231,7 @@ def _plan(task, folder, episodes, with_data):
     wanted = (episodes or recipe.episodes) if with_data else 0
     files = {path.stem for end in ("*.hdf5", "*.failed") for path in folder.glob(end)}
     packed = {x.decode() for x in Pack(folder / PACK).names} if (folder / PACK).exists() else set()
-    seeds = [s for s in range(wanted) if f"{s:06d}" not in files | packed]
+    seeds = [s for s in seeds_of(wanted) if f"{s:06d}" not in files | packed]
     if not seeds and (folder / "task.json").exists():
         (folder / UNFINISHED).unlink(missing_ok=True)   # killed just before it did so itself
         return []
@@ -1258,6 +1269,7 @@ def _finish_task(task, folder, measured):
     stats = statistics(folder) | world_spec(task)
     extra = {
         "limit": recipe.limit,
+        "reward_scale": domain.made_scale or domain.reward_scale,
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),
         "made_by": recipe.write.__name__ if recipe.write else
@@ -1273,20 +1285,9 @@ def _finish_task(task, folder, measured):
     if constants:
         best = max(constants, key=constants.get)
         extra["constant"] = {"action": best, "mean_return": float(constants[best])}
-    if not stats["lengths"]:    # no data of its own: read as a task of its domain that has some
-        cards = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("*/task.json"))]
-        own = domain_of(task)
-        cards = [c for c in cards if c["domain"] == own]
-        siblings = [c for c in cards if c["observation"] == stats["observation"]]
-        if cards and not siblings:      # none is like it, as in DMControl: read as it is
-            width = stats["observation"]["shape"]
-            siblings = [{"state_mean": np.zeros(width).tolist(),
-                         "state_std": np.ones(width).tolist()}]
-        if not siblings:
-            example = f", for example {own}/{domain.tasks[0]}" if domain.tasks else ""
-            raise SystemExit(f"{task} has no data of its own; make a task of {own} with "
-                             f"it{example}")
-        extra |= {key: siblings[0][key] for key in ("state_mean", "state_std")}
+    if not stats["lengths"]:    # no data of its own: Mixture reads it as the tasks that it is with
+        width = stats["observation"]["shape"]
+        extra |= {"state_mean": np.zeros(width).tolist(), "state_std": np.ones(width).tolist()}
         extra["target_return"] = domain.constant_rtg or max(measured["expert"])
     write_card(folder, stats, task_card(task, stats, **extra))
 
@@ -1303,10 +1304,12 @@ def statistics(folder, at_most=None):
     """One pass over a task's trajectories, or over at_most of them, evenly chosen.
 
     Returns {"lengths", "returns": {episode: number}, "observation", "action": as in a card,
-    "state_mean", "state_std": per coordinate or pixel}; without a trajectory the first two, empty.
-    Malformed ones are left out: training and `check` name them.
+    "state_mean", "state_std": per coordinate or pixel, "repeated": trajectories that equal one that
+    is held out}; without a trajectory the first two, empty. Malformed ones are left out: training
+    and `check` name them.
     """
     stats, total, square, count = {"lengths": {}, "returns": {}}, 0.0, 0.0, 0
+    digests = {}
     for stem, t in trajectories(folder, at_most):
         if isinstance(t, BadTrajectory):
             continue
@@ -1320,37 +1323,61 @@ def statistics(folder, at_most=None):
         # a game of pixels is long: in blocks, and a quarter of them where a sample will do
         every, size = (200, 50) if image and at_most else (1000, 1000)
         try:
+            digest = hashlib.sha256(t.actions.tobytes())
             for start in range(0, len(t.rewards), every):
                 x = t.states[start:start + size]
+                digest.update(x.tobytes())
                 x = (to_gray(x) if image else x).astype(np.float64)
                 total, square, count = total + x.sum(0), square + (x ** 2).sum(0), count + len(x)
         except OSError:                         # damaged frames
             continue
         stats |= spec
         stats["lengths"][stem], stats["returns"][stem] = len(t.rewards), float(t.rewards.sum())
+        digests[stem] = digest.digest()
     if stats["lengths"]:
         mean, std = total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
-        # a coordinate that never moves is left alone; pixels that hardly move must not be blown up
-        pixels = stats["observation"]["kind"] == "image"
-        std = std + 0.05 * 255 if pixels else np.where(std < 1e-4, 1.0, std)
+        if stats["observation"]["kind"] == "image":     # pixels that hardly move stay small
+            std = std + 0.05 * 255
+        else:           # what is constant within a task (a goal, a one-hot task) is kept as it is
+            mean, std = np.where(std < 1e-4, 0, mean), np.where(std < 1e-4, 1, std.clip(min=0.01))
         stats["state_mean"], stats["state_std"] = mean.round(6).tolist(), std.round(6).tolist()
+    if digests and not at_most:
+        held = dict(zip(digests, hold_out(digests)))
+        seen = {digest for stem, digest in digests.items() if held[stem]}
+        stats["repeated"] = [x for x, digest in digests.items() if digest in seen and not held[x]]
     return stats
+
+
+def share_of(name):
+    """A trajectory's name -> a fixed number in [0, 1); the lives of a game (seed-life) have one."""
+    game = name.partition("-")[0] if re.fullmatch(r"\d+-\d+", name) else name
+    return int(hashlib.sha256(game.encode()).hexdigest()[:8], 16) / 2 ** 32
+
+
+def hold_out(names):
+    """Which of a task's trajectories are for validation, (N,) bool: by name, so that the part stays
+    what it is when others are added. Of few, where none has such a name, it is one.
+    """
+    shares = np.array([share_of(name) for name in names])
+    least, most = min(shares, default=0), max(shares, default=0)
+    return ((shares < VALIDATION_FRACTION) | (shares == least)) & (shares < most)
 
 
 def task_card(task, stats, **extra):
     """The card of a task from the statistics of its data and eval.DOMAINS; `extra` comes last.
 
-    A domain that eval.py does not know has reward scale 1. Where nobody measured them, the
-    reference score is the mean return of the data, the random score its smallest.
+    A domain that eval.py does not know is scaled by a fifth of its largest return. Where nobody
+    measured them, the reference score is the mean return of the data, the random score its
+    smallest.
     """
-    domain = DOMAINS.get(task.split("/")[0], Domain(None, "", "", ()))
+    domain = DOMAINS.get(task.split("/")[0], Domain(None, "", "", (), reward_scale=None))
     returns = list(stats["returns"].values()) or [0.0]
     card = {
         "task": task,
         "domain": domain_of(task),
         "observation": stats["observation"],
         "action": stats["action"],
-        "reward_scale": domain.reward_scale or max(map(abs, returns)) / 10 or 1.0,
+        "reward_scale": domain.reward_scale or max(map(abs, returns)) / 5 or 1.0,
         "clip_rewards": domain.clip_rewards,
         "constant_rtg": domain.constant_rtg is not None,
         "limit": None,
@@ -1358,9 +1385,8 @@ def task_card(task, stats, **extra):
         "reference_score": float(np.mean(returns)),
         "random_score": min(returns),
     }
-    if "state_mean" in stats:
-        card |= {"state_mean": stats["state_mean"], "state_std": stats["state_std"]}
-    return card | extra
+    return card | {key: stats[key] for key in ("state_mean", "state_std", "repeated")
+                   if key in stats} | extra
 
 
 # ----------------------------------------------------------------------------------- reading files
@@ -1381,6 +1407,7 @@ class Trajectory:
     file: h5py.File | None                  # open while images are read from it
     first: int
     length: int
+    executed: np.ndarray                    # as actions: what the world received
     dones: np.ndarray | None = None         # (T,) bool; not read from a pack
 
 
@@ -1394,7 +1421,7 @@ def open_trajectory(path, card=None, length=None):
         missing = [key for key in ("states", "actions", "rewards", "dones") if key not in set(f)]
         if missing:
             raise bad(f"has no {', '.join(missing)}; expected states, actions, rewards, dones")
-        for key in ("states", "actions", "rewards", "dones", "returns_to_go"):
+        for key in ("states", "actions", "rewards", "dones", "returns_to_go", "executed"):
             if key in set(f):
                 inside(f, key)
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
@@ -1405,6 +1432,8 @@ def open_trajectory(path, card=None, length=None):
         if states.dtype != np.uint8:
             states = states[:]
         image = _check_values(bad, states, actions, rewards, card)
+        executed = f["executed"][:].reshape(actions.shape) if "executed" in f else actions
+        _check_actions(bad, executed, card, "executed actions")
         if length is not None and len(rewards) != length:
             raise bad(f"holds {len(rewards)} steps, but the index says {length}")
         dones = np.zeros(len(rewards), bool)
@@ -1426,9 +1455,10 @@ def open_trajectory(path, card=None, length=None):
     if not image:
         f.close()
         states = states.astype(np.float32)
-    actions = actions.astype(np.int64 if actions.ndim == 1 else np.float32)
-    return Trajectory(states, actions, rewards.astype(np.float32), rtg.astype(np.float32),
-                      f if image else None, 0, len(rewards), dones)
+    kind = np.int64 if actions.ndim == 1 else np.float32
+    return Trajectory(states, actions.astype(kind), rewards.astype(np.float32),
+                      rtg.astype(np.float32), f if image else None, 0, len(rewards),
+                      executed.astype(kind), dones)
 
 
 def open_hdf5(path):
@@ -1490,25 +1520,7 @@ def _check_values(bad, states, actions, rewards, card):
         raise bad(f"rewards are {rewards.dtype}, not numbers")
     if not np.isfinite(rewards).all() or (not image and not np.isfinite(states).all()):
         raise bad("holds NaN or infinite states or rewards")
-    discrete = actions.ndim == 1
-    if actions.dtype.kind not in ("iu" if discrete else "f") or actions.ndim > 2:
-        raise bad(f"actions are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
-    if not discrete and not 0 < actions.shape[1] <= 8:
-        raise bad(f"actions have {actions.shape[1]} dimensions; expected 1 to 8")
-    low, high = (0, 17) if discrete else (-1.0, 1.0)
-    if card and (card["action"]["kind"] == "discrete") != discrete:
-        raise bad(
-            f"actions are {actions.dtype} {actions.shape}, but the card says {card['action']}"
-        )
-    if card and discrete:
-        high = card["action"]["n"] - 1
-    if card and not discrete and actions.shape[1] != card["action"]["dims"]:
-        raise bad(
-            f"actions have {actions.shape[1]} dimensions, but the card says "
-            f"{card['action']['dims']}"
-        )
-    if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
-        raise bad(f"actions from {actions.min()} to {actions.max()}, expected {low} to {high}")
+    _check_actions(bad, actions, card)
     # RGB becomes gray
     shape = (1, *states.shape[2:]) if image else states.shape[1:]
     if card and tuple(shape) != tuple(card["observation"]["shape"]):
@@ -1517,6 +1529,29 @@ def _check_values(bad, states, actions, rewards, card):
             f"{tuple(card['observation']['shape'])}"
         )
     return image
+
+
+def _check_actions(bad, actions, card, name="actions"):
+    """Shape, type and range of a trajectory's actions; raises bad(reason)."""
+    discrete = actions.ndim == 1
+    if actions.dtype.kind not in ("iu" if discrete else "f") or actions.ndim > 2:
+        raise bad(f"{name} are {actions.dtype} {actions.shape}; expected int (T,) or float (T, A)")
+    if not discrete and not 0 < actions.shape[1] <= 8:
+        raise bad(f"{name} have {actions.shape[1]} dimensions; expected 1 to 8")
+    low, high = (0, 17) if discrete else (-1.0, 1.0)
+    if card and (card["action"]["kind"] == "discrete") != discrete:
+        raise bad(
+            f"{name} are {actions.dtype} {actions.shape}, but the card says {card['action']}"
+        )
+    if card and discrete:
+        high = card["action"]["n"] - 1
+    if card and not discrete and actions.shape[1] != card["action"]["dims"]:
+        raise bad(
+            f"{name} have {actions.shape[1]} dimensions, but the card says "
+            f"{card['action']['dims']}"
+        )
+    if not np.isfinite(actions).all() or actions.min() < low or actions.max() > high:
+        raise bad(f"{name} from {actions.min()} to {actions.max()}, expected {low} to {high}")
 
 
 # one trajectory in the index of a Mixture: number of its task, its place among the names, its steps
@@ -1548,7 +1583,8 @@ def trajectories(folder, at_most=None):
                 t = packed.trajectory(int(k))
                 here = slice(t.first, t.first + t.length)
                 yield name, Trajectory(t.states[here], t.actions[here], t.rewards[here],
-                                       t.returns_to_go[here], None, 0, t.length)
+                                       t.returns_to_go[here], None, 0, t.length,
+                                       t.executed[here])
                 continue
             t = open_trajectory(folder / f"{name}.hdf5")
         except BadTrajectory as error:
@@ -1719,10 +1755,13 @@ class Pack:
             self.states, self.actions, self.rewards, self.returns_to_go = (
                 self._array(self.file[key])
                 for key in ("states", "actions", "rewards", "returns_to_go"))
+            self.executed = self._array(self.file["executed"]) if "executed" in self.file else \
+                self.actions
         except (OSError, KeyError, ValueError) as error:
             raise bad(f"not a whole pack ({str(error)[:80]}); make it again: python data.py pack"
                       ) from None
-        steps = {len(x) for x in (self.states, self.actions, self.rewards, self.returns_to_go)}
+        steps = {len(x) for x in (self.states, self.actions, self.rewards, self.returns_to_go,
+                                  self.executed)}
         if len(steps) > 1 or not len(self.names) == len(self.starts) == len(self.lengths) or \
                 (self.starts < 0).any() or (self.lengths < 1).any() or \
                 (self.starts + self.lengths > min(steps)).any():
@@ -1738,7 +1777,7 @@ class Pack:
     def trajectory(self, episode):
         """Number `episode` as a Trajectory."""
         return Trajectory(self.states, self.actions, self.rewards, self.returns_to_go, None,
-                          int(self.starts[episode]), int(self.lengths[episode]))
+                          int(self.starts[episode]), int(self.lengths[episode]), self.executed)
 
 
 def pack_task(folder, card=None, on_bad="refuse"):
@@ -1772,7 +1811,7 @@ def pack_task(folder, card=None, on_bad="refuse"):
                     print(f"skipped: {error}", file=sys.stderr)
                     continue
                 columns = dict(states=states, actions=t.actions, rewards=t.rewards,
-                               returns_to_go=t.returns_to_go, dones=t.dones)
+                               returns_to_go=t.returns_to_go, dones=t.dones, executed=t.executed)
                 for key, x in columns.items():
                     if not kept:
                         shape = (total, *x.shape[1:])
@@ -2059,24 +2098,24 @@ class Mixture:
             self.names[task] = names
             if not len(names):
                 raise SystemExit(f"{folder} holds no trajectories; run: python data.py make {task}")
-            chosen = np.arange(len(names))
+            held, ours = hold_out(name.decode() for name in names), np.arange(len(names))
+            ours = ours[~held & ~np.isin(names, np.array(card.get("repeated", []), names.dtype))]
             if top_fraction < 1:                            # the best trajectories by return
-                returns = self._returns(task)
-                chosen = np.argsort(-returns, kind="stable")
-                chosen = chosen[:math.ceil(top_fraction * len(chosen))]
-            # the same trajectories are held out whatever else is in the mixture
-            chosen = chosen[np.random.RandomState(0).permutation(len(chosen))]
-            n_val = max(1, round(VALIDATION_FRACTION * len(chosen))) if len(chosen) > 1 else 0
-            for part, some in zip(parts, (chosen[n_val:], chosen[:n_val])):
+                best = np.argsort(-self._returns(task)[ours], kind="stable")
+                ours = np.sort(ours[best[:math.ceil(top_fraction * len(ours))]])
+            for part, some in zip(parts, (ours, np.flatnonzero(held))):
                 rows = np.empty(len(some), ROW)
                 rows["task"], rows["episode"] = self.tasks.index(task), some
                 rows["length"] = lengths[some]
                 part.setdefault(card["domain"], []).append(rows)
-        # Dark-Room's held-out goals are in the world that was trained on: read in the same units
+        # what is held out is read in the units of the tasks like it that are trained on
         for card in self.cards.values():
-            same = [self.cards[t] for t in self.tasks if t.startswith("darkroom/")]
-            if card["heldout"] and card["domain"] == "darkroom" and same:
-                card.update({key: same[0][key] for key in ("state_mean", "state_std")})
+            like = [self.cards[t] for t in self.tasks if all(
+                self.cards[t][key] == card[key] for key in ("domain", "observation"))]
+            if card["heldout"] and like:
+                mean, std = (np.array([c[key] for c in like]) for key in ("state_mean", "state_std"))
+                card["state_mean"] = mean.mean(0).round(6).tolist()
+                card["state_std"] = np.sqrt((std ** 2).mean(0) + mean.var(0)).round(6).tolist()
         self.train, self.validation = ({domain: np.concatenate(rows) for domain, rows in p.items()}
                                        for p in parts)
         self.domains = list(self.train)
@@ -2142,8 +2181,9 @@ class Mixture:
         """Steps start to start + context of a trajectory, row = (task, episode, length) of `train`
         or `validation`, as the model reads them; None if the file is bad.
 
+        start may lie before the first step and the end after the last: the window is cut there.
         reward is r_{t-1} (0 at an episode's start) and rtg R_t, both over the reward scale;
-        previous is the action before, with `known` false where there is none.
+        previous is the action that was executed before, with `known` false where there is none.
         """
         from lram import prepare_states
         number, episode, length = row
@@ -2151,7 +2191,8 @@ class Mixture:
         t, card = self.get(task, episode, length), self.cards[task]
         if t is None:
             return None
-        a, b = t.first + start, t.first + min(start + context, length)      # in t's arrays
+        start, stop = max(start, 0), min(start + context, length)
+        a, b = t.first + start, t.first + stop                              # in t's arrays
         try:
             states = t.states[a:b]
             states = to_gray(states) if states.ndim == 4 else states
@@ -2171,13 +2212,13 @@ class Mixture:
             "reward": shifted(t.rewards) / scale,
             "rtg": rtg / scale,
             "action": t.actions[a:b],
-            "previous": shifted(t.actions),
+            "previous": shifted(t.executed),
             "known": known,
         }
 
     def sample(self, domain, batch_size, context, seed, step, part=(0, 1)):
         """A batch of random windows, see collate: trajectories in proportion to length, then any
-        start. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
+        end. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
         """
         number = self.domains.index(domain)
         rng, plan = np.random.default_rng([seed, step, number]), []
@@ -2197,27 +2238,33 @@ class Mixture:
         return collate(windows, context)
 
     def draw(self, domain, context, rng):
-        """A trajectory in proportion to its length, any start in it that is a multiple of
-        self.align: (row of train, start).
+        """A trajectory in proportion to its length and a window in it: (row of train, start).
+
+        The window's end is uniform in 1 to L + C - 1, so that every step of an episode is seen as
+        often as any other, the first included, where acting begins. Aligned windows start at a
+        multiple of self.align and lie within the trajectory.
         """
         rows, cumulative = self.train[domain], self.cumulative[domain]
         row = rows[cumulative.searchsorted(rng.random(), side="right")].item()
-        return row, self.align * int(rng.integers(max(0, row[2] - context) // self.align + 1))
+        if self.align > 1:
+            return row, self.align * int(rng.integers(max(0, row[2] - context) // self.align + 1))
+        return row, int(rng.integers(1, row[2] + context)) - context
 
-    def validation_batches(self, domain, batch_size, context, max_windows=96, part=(0, 1)):
-        """The held-out trajectories cut into consecutive windows, evenly thinned to at most
-        max_windows. part (k, n): every n-th batch from the k-th on.
+    def validation_batches(self, domain, batch_size, context, max_steps=4800, part=(0, 1)):
+        """The held-out trajectories cut into consecutive windows, evenly thinned to about max_steps
+        steps, the same for each task. part (k, n): every n-th batch from the k-th on.
         """
-        rows = self.validation.get(domain, np.empty(0, ROW))
-        ends = np.cumsum(-(-rows["length"] // context))             # windows up to here
-        count = int(ends[-1]) if len(ends) else 0
-        keep = np.unique(np.linspace(0, count - 1, min(max_windows, count)).astype(int))
-        for i in range(part[0] * batch_size, len(keep), part[1] * batch_size):
-            windows = []
-            for k in keep[i:i + batch_size]:
+        rows, plan = self.validation.get(domain, np.empty(0, ROW)), []
+        tasks = np.unique(rows["task"])
+        for task in tasks:
+            own = rows[rows["task"] == task]
+            ends = np.cumsum(-(-own["length"] // context))              # windows up to here
+            most = min(ends[-1], max(4, max_steps // context // len(tasks)))
+            for k in np.unique(np.linspace(0, ends[-1] - 1, most).astype(int)):
                 r = ends.searchsorted(k, side="right")
-                start = int(k - (ends[r - 1] if r else 0)) * context
-                windows.append(self.window(rows[r].item(), start, context))
+                plan.append((own[r].item(), int(k - (ends[r - 1] if r else 0)) * context))
+        for i in range(part[0] * batch_size, len(plan), part[1] * batch_size):
+            windows = [self.window(*one, context) for one in plan[i:i + batch_size]]
             windows = [w for w in windows if w is not None]
             if windows:
                 yield collate(windows, context)

@@ -893,9 +893,12 @@ class Domain:
     install: str                        # what pip needs
     tasks: tuple                        # the paper's training split
     heldout: tuple = ()                 # and what it holds out; other tasks can be named too
-    # rewards and returns-to-go are divided by it (the paper's values); None: by a tenth of the
+    # rewards and returns-to-go are divided by it (the paper's values); None: by a fifth of the
     # largest return in the data
     reward_scale: float | None = 1.0
+    # the same for data that we make, where the paper's would not do: LayerNorm(w R + b) tells
+    # returns of 1 to 5 apart and hardly those of 40 and 80, so that is where targets should be
+    made_scale: float | None = None
     clip_rewards: bool = False  # the model sees rewards clipped to [-1, 1]; scores use raw ones
     # a return-to-go that never falls, where the true one names the goal
     constant_rtg: float | None = None
@@ -919,19 +922,19 @@ _METAWORLD = """assembly basketball button-press-topdown-wall button-press-topdo
 # The tasks and the split are the paper's (appendix B); names are today's.
 DOMAINS = {
     "darkroom": Domain(make_darkroom, "gymnasium", "gymnasium", ("train",), ("heldout",),
-                       constant_rtg=80.0, episodes=80, steps=100),
+                       made_scale=20.0, constant_rtg=80.0, episodes=80, steps=100),
     "metaworld": Domain(
         make_metaworld, "metaworld", "metaworld==3.1.1 packaging",
         tuple(f"{name}-v3" for name in _METAWORLD.split()),
         ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3"),
-        reward_scale=200.0),
+        reward_scale=200.0, made_scale=400.0),
     "dmcontrol": Domain(
         make_dmcontrol, "dm_control", "dm-control==1.0.28",
         ("ball_in_cup-catch", "cartpole-swingup", "cheetah-run", "finger-spin", "finger-turn_easy",
          "fish-upright", "hopper-stand", "point_mass-easy", "reacher-easy", "walker-run",
          "walker-stand"),
         ("cartpole-balance", "finger-turn_hard", "pendulum-swingup", "reacher-hard", "walker-walk"),
-        reward_scale=100.0, steps=1000),
+        reward_scale=100.0, made_scale=200.0, steps=1000),
     "atari": Domain(
         make_atari, "ale_py", "ale-py==0.12.1", tuple(_ATARI.split()),
         ("alien", "ms_pacman", "pong", "space_invaders", "star_gunner"),
@@ -940,12 +943,12 @@ DOMAINS = {
         make_procgen, "procgen", "procgen-mirror==0.10.7  # Linux, Python up to 3.11",
         ("bigfish", "bossfight", "caveflyer", "chaser", "coinrun", "dodgeball", "fruitbot", "heist",
          "leaper", "maze", "miner", "starpilot"),
-        ("climber", "jumper", "ninja", "plunder"), steps=300),
+        ("climber", "jumper", "ninja", "plunder"), made_scale=10.0, steps=300),
     "composuite": Domain(
         make_composuite, "robosuite", "robosuite==1.5.2",
         composuite_names(lambda *c: (c[0], c[2]) != ("Panda", "ObjectWall")),
         composuite_names(lambda *c: (c[0], c[2]) == ("Panda", "ObjectWall")),
-        episodes=5, steps=500),
+        made_scale=100.0, episodes=5, steps=500),
     # what the paper holds out cannot be built here: these two are our choice
     "mimicgen": Domain(
         make_mimicgen, "robosuite", "robosuite==1.5.2",
@@ -1084,7 +1087,8 @@ class Episode:
     """One finished episode of T steps: what the policy saw, asked for and got."""
     seed: int
     states: np.ndarray          # (T, ...) before each action
-    actions: np.ndarray         # (T,) int or (T, A) float32, as the policy asked (see rollout)
+    actions: np.ndarray         # (T,) int or (T, A) float32, as the policy asked
+    executed: np.ndarray        # the same as the world received them (data.NoisyActions)
     rewards: np.ndarray         # (T,) float32, raw
     lives: np.ndarray           # (T,) int after each step, 0 where the world has none
     success: bool               # info["success"] at any step
@@ -1110,12 +1114,13 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
         while active.any():
             action = act(obs, reward, done)
             next_obs, reward, terminated, truncated, info = envs.step(action)
-            taken = info.get("executed", action)        # data.NoisyActions: not what was asked for
+            executed = info.get("executed", action)
             lives, success = info.get("lives", np.zeros(n, int)), info.get("success", np.zeros(n))
             for row in np.flatnonzero(active):
                 state = np.array(obs[row]) if keep_states else None
                 logs[row].append(
-                    (state, np.array(taken[row]), reward[row], lives[row], success[row])
+                    (state, np.array(action[row]), np.array(executed[row]), reward[row],
+                     lives[row], success[row])
                 )
             advance(int(active.sum()))
             obs, done = next_obs, terminated | truncated
@@ -1132,11 +1137,12 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
 
 
 def _episode(seed, log, terminated, keep_states):
-    states, actions, rewards, lives, success = zip(*log)
+    states, actions, executed, rewards, lives, success = zip(*log)
     return Episode(
         seed,
         np.stack(states) if keep_states else None,
         np.stack(actions),
+        np.stack(executed),
         np.array(rewards, np.float32),
         np.array(lives, np.int64),
         any(success),

@@ -3,8 +3,9 @@
 Source: A Large Recurrent Action Model (Schmied et al., 2024, arXiv 2410.22391), section 3 and
 appendix C.
 
-    python lram.py      # builds every backbone at every size, prints parameters and state bytes,
-                        # checks act()
+    python lram.py              # builds every backbone at every size, prints parameters and state
+                                # bytes, checks act()
+    python lram.py --gradients  # norm of the first gradient on a window of zeros, up to 206m
 
     world --(observation, reward)--> tokens --> backbone --> action distribution --(action)--> world
 
@@ -31,6 +32,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import time
 import warnings
 import weakref
@@ -52,6 +54,7 @@ from slstm import SLSTMBlock, slstm_scan
 STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
 MAX_DISCRETE = 18           # actions of a full Atari joystick
 MAX_DIMS, BINS = 8, 256     # continuous action dimensions and bins of each (the paper's)
+LARGEST_STATE = 10.0        # standardised observations are clipped to plus and minus this
 BACKBONES = ("mlstm", "xlstm", "slstm", "mamba", "gpt")
 TOKENS = ("a", "r", "s", "rtg")
 
@@ -205,11 +208,16 @@ class LRAM(nn.Module):
         self.head = nn.Linear(D, MAX_DISCRETE + MAX_DIMS * config.bins)
         for linear in (self.encode_state, self.encode_reward, self.encode_rtg, self.head):
             nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.head.bias)
         if "a" in config.tokens:    # a row per discrete action or (dimension, bin), as in the head
             self.encode_action = nn.Embedding(self.head.out_features, D)
             nn.init.normal_(self.encode_action.weight, std=0.02)
         self.token_norm = nn.LayerNorm(D)
+        # No token may be the zero vector (r = 0, R = 0, s = 0, no last action): the Jacobian of a
+        # LayerNorm there is 1 / sqrt(eps) = 316, and blocks with a multiplicative gate compound it
+        # layer by layer until the first gradient of a deep model is infinite.
+        for module in (self.encode_state, self.encode_reward, self.encode_rtg, self.token_norm):
+            nn.init.normal_(module.bias, std=0.02)
         self.backbone = Backbone(config)
 
     def tokens(self, obs, reward, rtg, last_action=None):
@@ -338,9 +346,9 @@ def prepare_states(states, card, standardise):
     states (..., S) or uint8 images (..., 1, 64, 64) -> float32, images that are not standardised
     stay uint8. Used on the windows of training and while acting alike.
     """
-    if standardise:     # per coordinate or pixel: what rests disappears, what moves stands out
+    if standardise:     # per coordinate or pixel (data.statistics); an outlier stays in bounds
         mean, std = (np.asarray(card[key], dtype=np.float32) for key in ("state_mean", "state_std"))
-        return (states.astype(np.float32) - mean) / std
+        return ((states.astype(np.float32) - mean) / std).clip(-LARGEST_STATE, LARGEST_STATE)
     return states if card["observation"]["kind"] == "image" else states.astype(np.float32)
 
 
@@ -592,7 +600,8 @@ class Controller(nn.Module):
         memory = tuple(tuple(itertools.islice(rest, n)) for n in self.parts)
         reward = (reward.clamp(-1, 1) if self.card["clip_rewards"] else reward) / self.scale
         rtg = rtg.clone() if self.card["constant_rtg"] else rtg - reward
-        obs = (obs.float() - self.mean) / self.std if self.standardise else obs
+        if self.standardise:
+            obs = ((obs.float() - self.mean) / self.std).clamp(-LARGEST_STATE, LARGEST_STATE)
         inputs = obs, reward, rtg, self.action_dims, last, memory
         logits, memory = stagger(self.model, step, *inputs) if self.staggered else \
             self.model.act(*inputs)
@@ -995,6 +1004,27 @@ def state_bytes(state):
         state.numel() * state.element_size()
 
 
+def first_gradient(config, steps=6):
+    """Norm of the first gradient on one window of zeros, where it is largest: finite and small, or
+    the model cannot learn.
+    """
+    torch.manual_seed(0)
+    model, zeros = LRAM(config), torch.zeros(1, steps)
+    none = torch.full((1, steps, 4), -1)
+    logits, _ = model(torch.zeros(1, steps, 39), zeros, zeros, 4, none, final_state=False)
+    mask = torch.ones(1, steps, 4, dtype=torch.bool)
+    action_loss(logits, torch.full(mask.shape, config.bins // 2), mask).backward()
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf).item()
+
+
+def _print_first_gradients():
+    for size in ("tiny", "16m", "48m", "110m", "206m"):
+        for tokens in (("r", "s", "rtg"), TOKENS):
+            norms = (f"{name} {first_gradient(Config(name, size, tokens=tokens)):.2g}"
+                     for name in BACKBONES)
+            print(f"{size:<5} tokens {','.join(tokens):<8}", ", ".join(norms), flush=True)
+
+
 def _self_check():
     print(f"{'size':<10}{'backbone':<9}{'D':>5}{'layers':>7}{'backbone only':>15}{'total':>13}"
           f"{'state, kB':>11}")
@@ -1043,4 +1073,4 @@ def _act_milliseconds(name, size, steps=40):
 
 
 if __name__ == "__main__":
-    _self_check()
+    _print_first_gradients() if "--gradients" in sys.argv[1:] else _self_check()

@@ -136,7 +136,7 @@ class Args:
     """Of initialisation, sampling and dropout."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products (autocast); auto: bfloat16 on a GPU, float32 on a CPU."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What runs the recurrences: PyTorch or kernels.py; auto: the kernels on a GPU."""
@@ -374,7 +374,6 @@ class Run:
     mixture: data.Mixture
     model: LRAM
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
     log: Log
     rank: int = 0
     world: int = 1
@@ -416,7 +415,7 @@ def save(run, step):
     save_checkpoint(run.folder / "checkpoint.pt", {
         "model": run.model.state_dict(), "model_config": dataclasses.asdict(run.model.config),
         "cards": run.mixture.cards, "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(), "step": step, "rng": rng, "args": args,
+        "step": step, "rng": rng, "args": args,
         "data": run.mixture.fingerprint,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
@@ -475,7 +474,7 @@ def losses_of(run, forward, batch):
         logits, _ = forward(**inputs, at=slice(-readouts, None), final_state=False)
         parts = [action_loss(x, target, mask, args.soft_sigma) for x in logits.unbind(2)]
     # times `world` because DistributedDataParallel takes the mean over processes
-    loss = sum(parts) * part * run.world / len(run.mixture.domains)
+    loss = sum(parts) / len(parts) * part * run.world / len(run.mixture.domains)
     tokens = mask.shape[0] * mask.shape[1] * len(config.tokens) * run.world
     return loss, parts[-1].detach() * part, tokens
 
@@ -518,22 +517,24 @@ def fit(run, first_step):
             with model.no_sync() if waits else contextlib.nullcontext():
                 loss, logged, n = losses_of(run, forward, batch)
                 clock = lap("forward", clock)
-                run.scaler.scale(loss).backward()
+                loss.backward()
             losses.append(logged)
             tokens += n
             lap("backward", clock)
         clock = time.perf_counter()
-        losses = dict(zip(run.mixture.domains, run.total([loss.item() for loss in losses])))
+        losses = dict(zip(run.mixture.domains, run.total(torch.stack(losses).tolist())))
         if not all(map(math.isfinite, losses.values())):
             raise SystemExit(f"the loss is not finite at step {step} ({losses}); the last "
                              f"checkpoint is untouched. Try a smaller --lr than {args.lr} or "
                              f"--clip than {args.clip}")
-        run.scaler.unscale_(run.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip).item()
+        if not math.isfinite(norm):     # clipping would make of it an update of zeros, or of NaN
+            raise SystemExit(f"the norm of the gradient is {norm} at step {step}; the last "
+                             "checkpoint is untouched. Try fewer --layers, --dtype float32, or a "
+                             f"smaller --lr than {args.lr}")
+        run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        run.log.write(step=step, loss=losses, lr=learning_rate(step, args), norm=norm.item())
+        run.log.write(step=step, loss=losses, lr=learning_rate(step, args), norm=norm)
         lap("optimizer", clock)
         bar.update()
         if step % 20 == 0:
@@ -635,12 +636,10 @@ def main(args):
     # optimizer, and what a resumed run left
     optimizer = torch.optim.AdamW(model.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.999))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     first_step = 0
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
         first_step = saved["step"]
     # of dropout: every process its own; a resume with as many processes as before continues it
     if saved and len(saved["rng"]) == world:
@@ -652,7 +651,7 @@ def main(args):
         config = {**dataclasses.asdict(args), "data": mixture.fingerprint,
                   "backbone_parameters": count_parameters(model.backbone)}
         (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    run = Run(args, folder, device, dtype, mixture, model, optimizer, scaler,
+    run = Run(args, folder, device, dtype, mixture, model, optimizer,
               # a run that is complete is not measured again: its last line stays
               Log(None if rank else folder / "log.jsonl", first_step + (first_step == args.steps)),
               rank, world)
