@@ -2209,8 +2209,9 @@ def test_noise_is_executed_and_not_recorded():
     for seed in [*range(400), 7]:
         env.reset(seed=seed)
         sigmas.append(env.sigma)
-        env.step(np.array([0.5, 0.9]))
+        *_, info = env.step(np.array([0.5, 0.9]))
         runs.append(echo.got)
+        assert np.array_equal(info["executed"], echo.got)
         assert (np.abs(echo.got) <= 1).all() and \
             (env.sigma > 0) == (not np.allclose(echo.got, [0.5, 0.9]))
     assert np.array_equal(runs[7], runs[-1])
@@ -2719,6 +2720,8 @@ def test_embeddings_are_means_over_the_steps_of_a_window(tmp_path, monkeypatch):
     card = data.load_card(tmp_path / "darkroom/train") | {"state_mean": [1.0, 2.0]}
     model = small_model("mlstm", context=120, standardise=True)
     cards = {"darkroom/train": card, "darkroom/heldout": card | {"heldout": True}}
+    monkeypatch.setattr(data.Mixture, "draw", lambda self, domain, context, rng: (  # whole episodes
+        self.train[domain][rng.integers(4)].item(), 0))
     points, tasks = worlds.embeddings(model, cards, tmp_path, windows=3)
     assert points.shape == (3, 32) and set(tasks) == {"darkroom/train"}
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
@@ -2779,26 +2782,114 @@ def test_windows_hold_what_the_file_holds(tmp_path):
     assert (constant.window((0, 0, 30), 3, 8)["rtg"] == 80.0).all()
 
 
-def test_trajectories_are_drawn_in_proportion_to_length(tmp_path):
-    """And every start equally often; validation trajectories never."""
+def test_windows_show_every_step_equally_often(tmp_path):
+    """Of each trajectory, drawn in proportion to its length, first and last step included;
+    validation trajectories never; aligned windows begin at multiples and lie within.
+    """
     write_task(tmp_path, [100, 50, 50, 20, 10])
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     held = set(mixture.validation["darkroom"]["episode"].tolist())
-    rows = mixture.train["darkroom"]
-    drawn, starts = {}, []
-    for step in range(150):
-        for obs in mixture.sample("darkroom", 20, 10, seed=1, step=step)["obs"]:
-            drawn[int(obs[0, 0])] = drawn.get(int(obs[0, 0]), 0) + 1
-            starts += [obs[0, 1]] if obs[0, 0] == 0 else []
+    rows, C, batches = mixture.train["darkroom"], 10, 150
+    seen, drawn = {episode: np.zeros(n) for _, episode, n in rows.tolist()}, dict.fromkeys(range(5), 0)
+    for step in range(batches):
+        batch = mixture.sample("darkroom", 20, C, seed=1, step=step)
+        for obs, mask in zip(batch["obs"], batch["mask"]):
+            drawn[int(obs[0, 0])] += 1
+            seen[int(obs[0, 0])][obs[mask, 1].astype(int)] += 1         # states count the steps
     total = rows["length"].sum()
-    assert held and not held & set(drawn)
+    assert held and not held & {episode for episode, count in drawn.items() if count}
     for _, episode, n in rows.tolist():
         assert abs(drawn[episode] / 3000 - n / total) < 0.05
-    if starts:
-        assert min(starts) == 0 and max(starts) == 90
+        expected = drawn[episode] * C / (n + C - 1)
+        assert np.abs(seen[episode] - expected).max() < 5 * np.sqrt(expected), seen[episode]
+    aligned = data.Mixture(tmp_path, ["darkroom/train"], align=5)
+    starts = {aligned.draw("darkroom", C, np.random.default_rng(k)) for k in range(300)}
+    assert all(0 <= start <= max(0, n - C) and start % 5 == 0 for (_, _, n), start in starts)
     again = mixture.sample("darkroom", 20, 10, seed=1, step=7)
     assert all(np.array_equal(a, b) for a, b in zip(again.values(), data.Mixture(
         tmp_path, ["darkroom/train"]).sample("darkroom", 20, 10, seed=1, step=7).values()))
+
+
+def test_validation_shows_every_held_out_step_of_every_task(tmp_path):
+    """Windows one after the other make up the held-out trajectories; thinned, no task is left out;
+    of several processes each takes its batches.
+    """
+    tasks, lengths = ["darkroom/train", "darkroom/long"], ([40, 7, 12, 30], [700, 600, 9, 500])
+    for task, some in zip(tasks, lengths):
+        write_task(tmp_path, some, task)
+    mixture = data.Mixture(tmp_path, tasks)
+    shown = lambda **options: [obs[mask] for batch in mixture.validation_batches(
+        "darkroom", 3, 10, **options) for obs, mask in zip(batch["obs"], batch["mask"])]
+    held = [(number, k) for number, k, _ in mixture.validation["darkroom"].tolist()]
+    assert held == [(0, 3), (1, 3)]         # of so few, one of each task
+    expected = [(3, t) for n in (30, 500) for t in range(n)]
+    assert np.array_equal(np.concatenate(shown()), expected)
+    thin = [window[0, 1] for window in shown(max_steps=100)]
+    assert thin == [0, 10, 20, *np.linspace(0, 49, 5).astype(int) * 10]
+    parts = [shown(part=(k, 2)) for k in range(2)]
+    assert sum(map(len, np.concatenate(parts[0] + parts[1])[:, :1])) == 530 and all(parts)
+
+
+def test_no_trajectory_is_trained_on_and_held_out(tmp_path):
+    """Many of Dark-Room's are equal; --top-fraction takes the best of the rest, of the same part."""
+    data.make(["darkroom/train"], tmp_path, episodes=330, processes=1)
+    whole, best = (data.Mixture(tmp_path, ["darkroom/train"], top_fraction=f) for f in (1, 0.1))
+    content = lambda m, part: [m.get("darkroom/train", k, n).actions.tobytes()
+                               for _, k, n in getattr(m, part)["darkroom"].tolist()]
+    held = content(whole, "validation")
+    assert len(held) == 7 == len(content(best, "validation"))
+    assert not set(held) & set(content(whole, "train")) and len(whole.train["darkroom"]) > 300
+    returns = json.loads((tmp_path / "darkroom/train/episode_returns.json").read_text())
+    of = lambda m: [returns[m.names["darkroom/train"][k].decode()]
+                    for k in m.train["darkroom"]["episode"]]
+    n = len(of(best))
+    assert n == -(-len(of(whole)) // 10) and sorted(of(best)) == sorted(of(whole))[-n:]
+
+
+def test_context_holds_what_was_executed(tmp_path):
+    """Labels are the expert's, `previous` is what the world received: it replays to the states."""
+    data.make(["darkroom/train"], tmp_path, episodes=12, processes=1)
+    env, other = worlds.make_env("darkroom/train"), 0
+    mixture = data.Mixture(tmp_path, ["darkroom/train"])
+    for _, k, n in mixture.train["darkroom"].tolist():
+        window = mixture.window((0, k, n), -5, n + 9)           # cut at both ends
+        assert len(window["obs"]) == n and window["known"].tolist() == [False] + [True] * (n - 1)
+        obs = [env.reset(seed=int(mixture.names["darkroom/train"][k]))[0]]
+        obs += [env.step(a)[0] for a in window["previous"][1:]]
+        assert np.array_equal(obs, window["obs"])
+        other += int((window["previous"][1:] != window["action"][:-1]).sum())
+    assert other > 10
+    data.pack(tmp_path)
+    packed = data.Mixture(tmp_path, ["darkroom/train"]).window((0, k, n), 0, n)
+    assert np.array_equal(packed["previous"], window["previous"])
+
+
+def test_standardised_states(tmp_path):
+    """Constants of a task stay raw, small deviations count as 0.01, outliers are clipped; what is
+    held out is read in the units of the tasks that are trained on.
+    """
+    rng, folder = np.random.default_rng(0), tmp_path / "darkroom/train"
+    folder.mkdir(parents=True)
+    x = rng.normal(5.0, [2.0, 1e-3, 0.0], (200, 3)).astype(np.float32)
+    x[:, 2] = 0.7
+    for k in range(4):
+        data.write_trajectory(folder / f"{k}.hdf5", x[50 * k:50 * k + 50], np.zeros(50, int),
+                              np.zeros(50), False)
+    stats = data.statistics(folder)
+    assert np.allclose(stats["state_mean"], [*x[:, :2].mean(0), 0], atol=1e-4)
+    assert np.allclose(stats["state_std"], [x[:, 0].std(), 0.01, 1], atol=1e-4)
+    card = dark_card(**{key: stats[key] for key in ("state_mean", "state_std", "observation")})
+    seen = lram.prepare_states(np.array([[5.0, 6.0, 0.7]]), card, True)
+    assert abs(seen[0, 0]) < 1 and seen[0, 1:].tolist() == [10.0, np.float32(0.7)]
+    for task, mean in (("darkroom/train", 1.0), ("darkroom/b", 3.0), ("darkroom/heldout", 9.0)):
+        card.update(task=task, state_mean=[mean] * 3, state_std=[2.0] * 3)
+        path = tmp_path / task
+        path.mkdir(exist_ok=True)
+        (path / "task.json").write_text(json.dumps(card))
+        data.write_trajectory(path / "0.hdf5", x[:9], np.zeros(9, int), np.zeros(9), False)
+    told = data.Mixture(tmp_path, ["darkroom/train", "darkroom/b"], ["darkroom/heldout"]).cards
+    assert told["darkroom/heldout"]["state_mean"] == [2.0] * 3      # of the mixture of the two
+    assert np.allclose(told["darkroom/heldout"]["state_std"], np.sqrt(5), atol=1e-5)
 
 
 def write_images(root, lengths, task="atari/freeway"):
@@ -2836,6 +2927,7 @@ def test_packed_files_give_the_same_windows(tmp_path, monkeypatch):
         assert all(np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
     # a packed task is a finished one; what would have to be added to it is refused
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "LEAST_HELD_OUT", 0)
     assert data._plan("darkroom/train", folders[0], 6, True) == []
     with pytest.raises(SystemExit, match="6 trajectories that are no files any more"):
         data._plan("darkroom/train", folders[0], 7, True)
@@ -3567,10 +3659,18 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
     goals = [env.goals[(data.EXPERT_SEED + k) % 80] for k in range(n)]
     assert np.isclose(card["reference_score"], np.mean([100 - index(*g) for g in goals]))
     lengths = json.loads((folder / "episode_lengths.json").read_text())
-    assert lengths == {f"{k:06d}": 100 for k in range(12)}
+    # and the first five whose names are held out, whatever else is made
+    assert lengths == {f"{k:06d}": 100 for k in (*range(12), 16, 22, 44, 53, 71)}
+    for root, more in (("d", 30), ("e", 0)):
+        data.make(["darkroom/train"], root, episodes=12 + more, processes=1)
+    held = [{m.names["darkroom/train"][k] for k in m.validation["darkroom"]["episode"]} for m in (
+        data.Mixture(root, ["darkroom/train"]) for root in ("d", "e"))]
+    assert held[0] == held[1] == {b"000016", b"000022", b"000044", b"000053", b"000071"}
+    card = data.load_card(folder)
     states = np.concatenate([h5py.File(p)["states"][:] for p in sorted(folder.glob("*.hdf5"))])
     assert np.allclose(card["state_mean"], states.mean(0)) and \
-        np.allclose(card["state_std"], states.std(0))
+        np.allclose(card["state_std"], states.std(0, dtype=np.float64))
+    assert card["target_return"] / card["reward_scale"] == 4         # not 80: see Domain.made_scale
 
 
 def test_making_may_be_killed_anywhere(tmp_path, monkeypatch):
@@ -3694,10 +3794,10 @@ def test_windows_begin_at_episodes(tmp_path, monkeypatch):
 
 def test_lost_lives_end_trajectories():
     """Pieces of an episode, cut after the step on which a life was lost."""
-    episode = worlds.Episode(0, None, None, np.zeros(6), np.array([3, 3, 2, 2, 1, 0]), False, True)
+    episode = worlds.Episode(0, None, None, None, np.zeros(6), np.array([3, 3, 2, 2, 1, 0]), False, True)
     assert data.split_lives(episode) == [(0, 3), (3, 5), (5, 6)]
     assert data.split_lives(
-        worlds.Episode(0, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
+        worlds.Episode(0, None, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -3799,11 +3899,55 @@ def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
     (folder / "task.json").write_text(
         json.dumps(dark_card(state_mean=[0.0, 0.0], state_std=[1.0, 1.0])))
     (folder / "episode_lengths.json").write_text(json.dumps(lengths))
+    monkeypatch.setattr(data, "LEAST_HELD_OUT", 0)          # no expert's episodes are added
     train.main(train.Args(tasks=("darkroom/train",), data_root=Path("d"), episodes_per_task=20,
                           steps=120, context=10, batch_size=16, layers=1, episodes=0, warmup=10,
                           name="x"))
     rows = [json.loads(line) for line in open("runs/x/log.jsonl")]
     assert [r["perplexity"]["darkroom"] for r in rows if "perplexity" in r][-1] < 1.3
+
+
+def test_a_trained_agent_follows_another_target(tmp_path, monkeypatch):
+    """Data of two kinds, return 80 by action 1 and 40 by action 0: the target decides."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("d/darkroom/train")
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        states = np.stack([np.arange(20) / 20, rng.normal(size=20)], 1).astype(np.float32)
+        data.write_trajectory(folder / f"{k:06d}.hdf5", states, np.full(20, k % 2),
+                              np.full(20, 2.0 + 2 * (k % 2)), False)
+    scale = worlds.DOMAINS["darkroom"].made_scale
+    stats = data.statistics(folder)
+    data.write_card(folder, stats, data.task_card("darkroom/train", stats, reward_scale=scale,
+                                                  target_return=80.0, constant_rtg=False))
+    monkeypatch.setattr(data, "LEAST_HELD_OUT", 0)
+    train.main(train.Args(tasks=("darkroom/train",), data_root=Path("d"), episodes_per_task=40,
+                          steps=60, context=1, batch_size=16, layers=1, episodes=0, warmup=10,
+                          heldout=(), tokens="s,rtg", lr=1e-3, name="x"))
+    saved = lram.load_checkpoint("runs/x/checkpoint.pt")
+    model, card = lram.model_from_checkpoint(saved), saved["cards"]["darkroom/train"]
+    for target, action in ((80.0, 1), (40.0, 0)):
+        agent = lram.Agent(model, card, target_return=target)
+        agent.begin(1)
+        assert agent.act(np.zeros((1, 2)), np.zeros(1), np.ones(1, bool)) == [action]
+
+
+@pytest.mark.parametrize("backbone", lram.BACKBONES)
+def test_first_gradient_is_small(backbone):
+    """Of a window of zeros, on which a LayerNorm without biases has a Jacobian of 316 per layer."""
+    for size in ("tiny", "16m"):
+        for tokens in (("r", "s", "rtg"), ("r", "s"), ("s",), ("a", "r", "s", "rtg")):
+            norm = lram.first_gradient(lram.Config(backbone, size, tokens=tokens))
+            assert 0 < norm < 1e3, (size, tokens, norm)
+
+
+def test_infinite_gradient_stops_with_advice(tmp_path, monkeypatch):
+    """Clipping would make it an update of zeros, and training would go on for nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(math.inf))
+    with pytest.raises(SystemExit, match="norm of the gradient is inf at step 0.*--lr"):
+        train.main(tiny_args(Path("d"), name="x"))
 
 
 def test_learning_rate_schedule():
