@@ -1682,10 +1682,8 @@ def test_claims_are_decided_by_their_rule():
     assert bench.interval([0.7]) == (0.7, 0.7, 0.7)
     assert [bench.verdict(values, margin) for values, margin in (
         ([1, 2, 3], 0), ([1, 2, 3], 0.5), ([4, 5, 6], 0), ([-6, -5, -4], 0), ([-6, -5, -4], 8),
-        ([0.1], 0), ([-0.1], 0))] == ["undecided", "borne out", "borne out", "not", "borne out",
+        ([0.1], 0), ([-0.1], 0))] == ["undecided", "borne out", "borne out", "not", "equal",
                                       "borne out", "not"]
-    # at mean 2 and deviation 1 four suffice: 2 - 3.18 / sqrt(4) > 0
-    assert bench.seeds_needed([1, 2, 3], 0) == 4 < bench.seeds_needed([-1, 2, 5.5], 0)
 
 
 def claim_run(score, **config):
