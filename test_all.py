@@ -2803,6 +2803,11 @@ def test_windows_show_every_step_equally_often(tmp_path):
     aligned = data.Mixture(tmp_path, ["darkroom/train"], align=5)
     starts = {aligned.draw("darkroom", C, np.random.default_rng(k)) for k in range(300)}
     assert all(0 <= start <= max(0, n - C) and start % 5 == 0 for (_, _, n), start in starts)
+    write_task(tmp_path, [100, 50, 50, 20, 10], "other/train", domain="other")
+    two = data.Mixture(tmp_path, ["darkroom/train", "other/train"])
+    seen = {two.sample(domain, 20, 10, seed, step)["obs"].tobytes() for domain in two.domains
+            for seed in (0, 1) for step in (0, 1)}
+    assert len(seen) == 8               # seeds, steps and domains draw numbers of their own
     again = mixture.sample("darkroom", 20, 10, seed=1, step=7)
     assert all(np.array_equal(a, b) for a, b in zip(again.values(), data.Mixture(
         tmp_path, ["darkroom/train"]).sample("darkroom", 20, 10, seed=1, step=7).values()))
@@ -3775,17 +3780,18 @@ def test_windows_begin_at_episodes(tmp_path, monkeypatch):
     folder = Path("darkroom/histories")
     folder.mkdir(parents=True)
     data.q_learning_histories("darkroom/histories", folder, list(range(4)), None)
-    (folder / "task.json").write_text(json.dumps(dark_card()))
+    data._finish_task("darkroom/histories", folder, {"expert": [50.0], "random": [1.0]})
     t = [data.open_trajectory(folder / f"{k:06d}.hdf5") for k in range(4)]
     mixture = data.Mixture(tmp_path, ["darkroom/histories"], align=100)
+    assert not mixture.cards["darkroom/histories"]["constant_rtg"]      # as in darkroom/train
     starts = set()
     for step in range(40):
         row, start = mixture.draw("darkroom", 200, np.random.default_rng(step))
         window, source = mixture.window(row, start, 200), t[row[1]]
         assert start % 100 == 0 and len(window["rtg"]) == 200
-        assert np.array_equal(window["rtg"], source.returns_to_go[start:start + 200])
-        assert np.array_equal(window["reward"][1:], source.rewards[start:start + 199])
-        assert window["reward"][0] == (source.rewards[start - 1] if start else 0)
+        assert np.allclose(20 * window["rtg"], source.returns_to_go[start:start + 200])
+        assert np.allclose(20 * window["reward"][1:], source.rewards[start:start + 199])
+        assert np.isclose(20 * window["reward"][0], source.rewards[start - 1] if start else 0)
         starts.add(start)
     assert {0, 1000} <= starts and len(starts) >= 9     # 11 are possible, the last one too
 
@@ -3796,6 +3802,34 @@ def test_lost_lives_end_trajectories():
     assert data.split_lives(episode) == [(0, 3), (3, 5), (5, 6)]
     assert data.split_lives(
         worlds.Episode(0, None, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
+
+
+class Lives(gym.Env):
+    """Six steps of rewards 3, -3, 0.5, 3, -3, 0.5; a life is lost at the third and the fifth."""
+    observation_space, action_space = gym.spaces.Box(-9, 9, (1,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(1, np.float32), {"lives": 3}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.t, np.float32), (3.0, -3.0, 0.5)[(self.t - 1) % 3], self.t == 6, False, {
+            "lives": 3 - (self.t >= 3) - (self.t >= 5)}
+
+
+def test_made_games_are_cut_at_lost_lives_and_their_rewards_clipped(tmp_path, monkeypatch):
+    """As Atari's: a file for each life, done at its end, rewards in [-1, 1]."""
+    monkeypatch.setitem(worlds.DOMAINS, "lives", worlds.Domain(
+        lambda name, render: Lives(), "gymnasium", "gymnasium", ("x",), clip_rewards=True))
+    monkeypatch.setitem(data.RECIPES, "lives", data.Recipe(lambda env: lambda obs, reward: 1))
+    data._make_episodes("lives/x", tmp_path, [7], lambda steps: None)
+    lives = [data.open_trajectory(tmp_path / f"000007{part}.hdf5") for part in ("", "-1", "-2")]
+    assert [t.states[:, 0].tolist() for t in lives] == [[0, 1, 2], [3, 4], [5]]
+    assert [t.rewards.tolist() for t in lives] == [[1, -1, 0.5], [1, -1], [0.5]]
+    assert all(t.dones.tolist() == [False] * (t.length - 1) + [True] for t in lives)
+    # validation holds out a game, not a life
+    assert len({data.share_of(name) for name in ("000007", "000007-1", "000007-12")}) == 1
 
 
 # ---------------------------------------------------------------------------------------- training
