@@ -121,6 +121,8 @@ class Args:
     """--claim: runs made side by side, on their share of the cores each."""
     report: bool = False
     """--claim: judge the runs that are there, make none."""
+    record: tuple[str, ...] = ()
+    """Write whole runs into figures/results.json: a name, then their scores.json files."""
     readme: bool = False
     """Write README's tables from figures/results.json."""
     kernels: bool = False
@@ -2028,6 +2030,22 @@ def readme_with(text, ledger):
     return text
 
 
+def record(name, *paths):
+    """Write the scores.json of whole runs, one per backbone, into the ledger as one entry."""
+    from data import write_json
+    read = lambda path: json.loads(Path(path).read_text())
+    configs = [read(Path(path).parent / "config.json") for path in paths]
+    runs = {config["backbone"]: read(path) for config, path in zip(configs, paths)}
+    ledger = read(LEDGER) if LEDGER.exists() else {}
+    ledger[name] = {
+        "command": "; ".join(run["command"] for run in runs.values()), "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "seeds": sorted({config["seed"] for config in configs}), "torch": torch.__version__,
+        "runs": runs}
+    write_json(LEDGER, ledger)
+    print(f"wrote {name!r}, {', '.join(runs)}, into {LEDGER}; README's table: bench.py --readme")
+
+
 def readme_main():
     """Write README's tables and the pictures of whole runs from figures/results.json."""
     from eval import draw_comparison
@@ -2175,6 +2193,8 @@ def main(args):
         return claims_main(args)
     if args.report:
         raise SystemExit("--report judges claims: add --claim all, or some of C1 to C10")
+    if args.record:
+        return record(*args.record)
     if args.readme:
         return readme_main()
     if args.kernels:

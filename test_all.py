@@ -2788,7 +2788,8 @@ def test_windows_show_every_step_equally_often(tmp_path):
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     held = set(mixture.validation["darkroom"]["episode"].tolist())
     rows, C, batches = mixture.train["darkroom"], 10, 150
-    seen, drawn = {episode: np.zeros(n) for _, episode, n in rows.tolist()}, dict.fromkeys(range(5), 0)
+    seen = {episode: np.zeros(n) for _, episode, n in rows.tolist()}
+    drawn = dict.fromkeys(range(5), 0)
     for step in range(batches):
         batch = mixture.sample("darkroom", 20, C, seed=1, step=step)
         for obs, mask in zip(batch["obs"], batch["mask"]):
@@ -2834,7 +2835,7 @@ def test_validation_shows_every_held_out_step_of_every_task(tmp_path):
 
 
 def test_no_trajectory_is_trained_on_and_held_out(tmp_path):
-    """Many of Dark-Room's are equal; --top-fraction takes the best of the rest, of the same part."""
+    """Many of Dark-Room's are equal; --top-fraction takes the best of those trained on."""
     data.make(["darkroom/train"], tmp_path, episodes=330, processes=1)
     whole, best = (data.Mixture(tmp_path, ["darkroom/train"], top_fraction=f) for f in (1, 0.1))
     content = lambda m, part: [m.get("darkroom/train", k, n).actions.tobytes()
@@ -3798,15 +3799,16 @@ def test_windows_begin_at_episodes(tmp_path, monkeypatch):
 
 def test_lost_lives_end_trajectories():
     """Pieces of an episode, cut after the step on which a life was lost."""
-    episode = worlds.Episode(0, None, None, None, np.zeros(6), np.array([3, 3, 2, 2, 1, 0]), False, True)
-    assert data.split_lives(episode) == [(0, 3), (3, 5), (5, 6)]
-    assert data.split_lives(
-        worlds.Episode(0, None, None, None, np.zeros(4), np.zeros(4, int), False, False)) == [(0, 4)]
+    episode = lambda lives: worlds.Episode(0, None, None, None, np.zeros(len(lives)),
+                                           np.array(lives), False, True)
+    assert data.split_lives(episode([3, 3, 2, 2, 1, 0])) == [(0, 3), (3, 5), (5, 6)]
+    assert data.split_lives(episode([0, 0, 0, 0])) == [(0, 4)]
 
 
 class Lives(gym.Env):
     """Six steps of rewards 3, -3, 0.5, 3, -3, 0.5; a life is lost at the third and the fifth."""
-    observation_space, action_space = gym.spaces.Box(-9, 9, (1,), np.float32), gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         self.t = 0
@@ -3814,8 +3816,8 @@ class Lives(gym.Env):
 
     def step(self, action):
         self.t += 1
-        return np.full(1, self.t, np.float32), (3.0, -3.0, 0.5)[(self.t - 1) % 3], self.t == 6, False, {
-            "lives": 3 - (self.t >= 3) - (self.t >= 5)}
+        reward, lives = (3.0, -3.0, 0.5)[(self.t - 1) % 3], 3 - (self.t >= 3) - (self.t >= 5)
+        return np.full(1, self.t, np.float32), reward, self.t == 6, False, {"lives": lives}
 
 
 def test_made_games_are_cut_at_lost_lives_and_their_rewards_clipped(tmp_path, monkeypatch):
