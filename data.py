@@ -1030,11 +1030,62 @@ class NoisyActions(gym.Wrapper):
 
 
 # ----------------------------------------------------------------------------------- writing files
+@contextlib.contextmanager
+def replacing(path):
+    """A file, open to write, that takes the name `path` when it is whole and on the disk. Until
+    then its name is this process's own; where anything fails, nothing is left of it.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"cannot write {path}: {error}; nothing half-written is left, free some space and run "
+            "the same command again: it continues"
+        ) from error
+
+
+class ErrorsKept:
+    """A file for HDF5, which crashes where a write fails: the first error waits here instead."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, content):
+        view = memoryview(content).cast("B")
+        try:
+            while view and not self.error:
+                view = view[self.file.write(view):]
+        except OSError as error:
+            self.error = error
+        return len(content)
+
+
+@contextlib.contextmanager
+def new_hdf5(path):
+    """A new HDF5 file that appears at `path` when it is whole, see replacing."""
+    with replacing(path) as file:
+        kept = ErrorsKept(file.raw)
+        with h5py.File(kept, "w") as f:
+            yield f
+        if kept.error:
+            raise kept.error
+
+
 def write_json(path, content):
     """Atomically."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def storage(dtype, shape):
@@ -1056,26 +1107,17 @@ def write_trajectory(path, states, actions, rewards, terminated, returns_to_go=N
     terminated: of the last step, or (T,) of each. executed, like actions: what the world received,
     written where that differs from the labels.
     """
-    temporary = Path(f"{path}.tmp")
-    try:
-        with h5py.File(temporary, "w") as f:
-            f.create_dataset("states", data=states, **storage(states.dtype, states.shape))
-            f.create_dataset("actions", data=actions)
-            f.create_dataset("rewards", data=rewards.astype(np.float32))
-            dones = np.zeros(len(rewards), bool)
-            dones[-1 if np.ndim(terminated) == 0 else slice(None)] = terminated
-            f.create_dataset("dones", data=dones)
-            if executed is not None and (executed != actions).any():
-                f.create_dataset("executed", data=executed)
-            if returns_to_go is not None:
-                f.create_dataset("returns_to_go", data=returns_to_go.astype(np.float32))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path}: {error}; nothing half-written is left, free some space and run "
-            "the same command again: it continues"
-        ) from error
+    with new_hdf5(path) as f:
+        f.create_dataset("states", data=states, **storage(states.dtype, states.shape))
+        f.create_dataset("actions", data=actions)
+        f.create_dataset("rewards", data=rewards.astype(np.float32))
+        dones = np.zeros(len(rewards), bool)
+        dones[-1 if np.ndim(terminated) == 0 else slice(None)] = terminated
+        f.create_dataset("dones", data=dones)
+        if executed is not None and (executed != actions).any():
+            f.create_dataset("executed", data=executed)
+        if returns_to_go is not None:
+            f.create_dataset("returns_to_go", data=returns_to_go.astype(np.float32))
 
 
 def split_lives(episode):

@@ -4075,6 +4075,54 @@ def test_a_full_disk_loses_nothing(error, tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"model": 1} and os.listdir(tmp_path) == ["c.pt"]
 
 
+FULL = """
+import resource, sys, data
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))     # no file gets longer: EFBIG
+data.convert(data.Convert("d4rl", data.Path("s"), "robots/x", data.Path("d")))
+"""
+
+
+def test_a_full_disk_ends_a_conversion_with_a_message(tmp_path):
+    """And not with a signal from within HDF5; what was written stays, the same command continues."""
+    pytest.importorskip("resource")
+    known = write_flat(tmp_path / "s", (9, 900, 5), True)       # the second one does not fit
+    done = run("-c", FULL, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search("cannot write .*000001.hdf5: .*run the same command again", done.stderr)
+    folder = tmp_path / "d/robots/x"
+    assert sorted(os.listdir(folder)) == ["000000.hdf5", data.UNFINISHED]
+    assert data.convert(data.Convert("d4rl", tmp_path / "s", "robots/x", tmp_path / "d")) == 3
+    assert [len(r) for _, _, _, r, _ in known] == list(json.loads(
+        (folder / "episode_lengths.json").read_text()).values())
+
+
+@pytest.mark.parametrize("write", ("trajectory", "json", "pack"))
+def test_what_stood_there_stands_until_the_new_is_whole(write, tmp_path, monkeypatch):
+    """Writing is broken off before the last byte, and before the new file takes the name."""
+    folder = write_task(tmp_path, [9, 9])
+    path = folder / {"trajectory": "000000.hdf5", "json": "task.json", "pack": "pack.h5"}[write]
+    data.pack(tmp_path)
+    before, others = path.read_bytes(), sorted(os.listdir(folder))
+    again = {
+        "trajectory": lambda: data.write_trajectory(path, np.zeros((5, 2), np.float32), np.zeros(5),
+                                                    np.zeros(5), True),
+        "json": lambda: data.write_json(path, {"new": 1}),
+        "pack": lambda: (os.utime(folder / "000000.hdf5", (2e9, 2e9)), data.pack(tmp_path))}[write]
+    for victim in ("fsync", "replace"):
+        def killed(*args):
+            assert path.read_bytes() == before              # until the very end
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(os, victim, killed)
+            with pytest.raises(KeyboardInterrupt):
+                again()
+        assert path.read_bytes() == before and sorted(os.listdir(folder)) == others
+    (folder / f"{path.name}.tmp").write_bytes(b"another program's")
+    again()
+    assert path.read_bytes() != before or write == "pack"
+    assert sorted(os.listdir(folder)) == sorted([*others, f"{path.name}.tmp"])
+
+
 def run(*command, cwd=REPOSITORY):
     """A command as a user would type it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
