@@ -3633,7 +3633,8 @@ def test_unfinished_folders_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         data.is_public(folder)
     out = capsys.readouterr().out + str(error.value)
-    assert out.count("incomplete") == 2 and out.count("unfinished") == 2 and "evil" not in out
+    assert out.count("incomplete") == 2 and "evil" not in out
+    assert "x: unfinished, so it is not packed" in out and "an unfinished conversion" in out
 
 
 def test_names_of_converted_tasks(tmp_path):
