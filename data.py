@@ -992,7 +992,7 @@ def expert_policy(envs, expert):
     """A new expert for each episode of each row, as a policy of eval.rollout."""
     experts = [None] * envs.num_envs
 
-    def act(obs, reward, done):
+    def act(obs, reward, done, lost_life):
         for row in np.flatnonzero(done):
             experts[row] = expert(envs.envs[row])
         reward = np.where(done, 0.0, reward)
@@ -1163,8 +1163,8 @@ def _make_episodes(task, folder, seeds, advance):
 
 
 def _measure(task, who, seeds, advance, whole=False):
-    """Worker: returns of the noise-free expert, the random policy or a constant action (int), in
-    episodes cut where the recipe cuts the data's, or whole ones.
+    """Worker: {seed: return} of the noise-free expert, the random policy or a constant action
+    (int), in episodes cut where the recipe cuts the data's, or whole ones.
     """
     recipe = recipe_of(task, needed=who == "expert")
     if who == "expert":
@@ -1173,7 +1173,7 @@ def _measure(task, who, seeds, advance, whole=False):
         policy = random_policy if who == "random" else partial(constant_policy, action=who)
     make = partial(make_env, task, limit=recipe.limit if recipe and not whole else None)
     done = rollout(make, policy, seeds, num_envs=4, keep_states=False, advance=advance)
-    return [float(e.rewards.sum()) for e in done]
+    return {e.seed: float(e.rewards.sum()) for e in done}
 
 
 def seeds_of(episodes):
@@ -1227,6 +1227,13 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     processes = processes or min(os.cpu_count() or 1, 8)
     jobs.sort(key=lambda job: recipe_of(job[1]).chunk)
     measured, failed = _run(jobs, processes, timeout)
+    again = [(_measure, task, args) for task in plans.keys() - failed.keys()
+             for args in _best_constant(measured[task])]
+    if again:
+        told, more = _run(again, processes, timeout)
+        failed |= more
+        for task in told:
+            measured[task] |= told[task]
     for task, count in failed.items():
         print(f"{task} is incomplete: {count} of its {len(plans[task])} jobs failed; what was made "
               "is kept, the same command tries the rest again", file=sys.stderr)
@@ -1255,7 +1262,7 @@ def _run(jobs, processes, timeout):
                     failed[task] = failed.get(task, 0) + 1
                     bar.write(f"{task}, {_seeds_of(function, args)}: failed: {result}", sys.stderr)
                 elif function is _measure:
-                    measured[task].setdefault(args[0], []).extend(result)
+                    measured[task].setdefault(args[0], {}).update(result)
                 bar.set_postfix_str(task)
                 bar.update(cost(task, args))
     except KeyboardInterrupt:
@@ -1300,7 +1307,8 @@ def _plan(task, folder, episodes, with_data):
     plan = [(work, (str(folder), few)) for few in jobs(seeds)]
     n = min(recipe.references, 2 * episodes) if episodes else recipe.references
     span = lambda start, n=n: list(range(start, start + n))
-    plan += [(_measure, ("expert", few)) for few in jobs(span(EXPERT_SEED))]
+    goals = recipe.references if domain_of(task) == "darkroom" else n   # one of each, see DarkRoom
+    plan += [(_measure, ("expert", few)) for few in jobs(span(EXPERT_SEED, goals))]
     plan += [(_measure, ("random", span(RANDOM_SEED, max(n, recipe.randoms or 0))))]
     if isinstance(space, gym.spaces.Discrete):
         few = max(1, n // 8) if image else n
@@ -1311,15 +1319,32 @@ def _plan(task, folder, episodes, with_data):
     return plan
 
 
+def _best_constant(measured):
+    """What is left to _measure of the constant action that was the best in too few episodes: as
+    many others as the expert has, which replace them.
+    """
+    wanted = len(measured["expert"])
+    constants = {a: r for a, r in measured.items() if isinstance(a, int) and len(r) < wanted}
+    if not constants:
+        return []
+    best = max(constants, key=lambda a: np.mean([*constants[a].values()]))
+    first = max(constants[best]) + 1
+    return [(best, [seed]) for seed in range(first, first + wanted)]
+
+
 def _finish_task(task, folder, measured):
     """Write the index files and the card of a task whose data data.py made."""
     recipe, (domain, _) = recipe_of(task), split_task(task)
     stats = statistics(folder) | world_spec(task)
+    # in the order of the seeds, however the jobs ended
+    measured = {who: [r for _, r in sorted(result.items())] for who, result in measured.items()}
     extra = {
         "limit": recipe.limit,
         "reward_scale": domain.made_scale or domain.reward_scale,
         "reference_score": float(np.mean(measured["expert"])),
         "random_score": float(np.mean(measured["random"])),
+        "reference_returns": measured["expert"],
+        "random_returns": measured["random"],
         "made_by": recipe.write.__name__ if recipe.write else
         f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
         "versions": {
@@ -1329,10 +1354,10 @@ def _finish_task(task, folder, measured):
     }
     if recipe.write:            # histories carry true returns-to-go, whatever their domain does
         extra["constant_rtg"] = False
-    constants = {a: np.mean(r) for a, r in measured.items() if isinstance(a, int)}
-    if constants:
-        best = max(constants, key=constants.get)
-        extra["constant"] = {"action": best, "mean_return": float(constants[best])}
+    constants = {a: r for a, r in measured.items() if isinstance(a, int)}
+    if constants:                               # see _best_constant
+        best = max(constants, key=lambda a: (len(constants[a]), np.mean(constants[a])))
+        extra["constant"] = {"action": best, "mean_return": float(np.mean(constants[best]))}
     if not stats["lengths"]:    # no data of its own: Mixture reads it as the tasks that it is with
         width = stats["observation"]["shape"]
         extra |= {"state_mean": np.zeros(width).tolist(), "state_std": np.ones(width).tolist()}
@@ -2188,9 +2213,10 @@ def _finish_conversion(args, folder):
         print(f"{args.task} can be trained on, but not scored: {reason}", file=sys.stderr)
     else:
         n = min(20, math.ceil(20_000 / split_task(args.task)[0].steps))
-        extra["random_score"] = float(np.mean(_measure(
+        extra["random_returns"] = [*_measure(
             args.task, "random", list(range(RANDOM_SEED, RANDOM_SEED + n)), lambda steps: None,
-            whole=True)))
+            whole=True).values()]
+        extra["random_score"] = float(np.mean(extra["random_returns"]))
         how = f"random measured over {n} episodes"
     source = load_json(folder / UNFINISHED)["source"]
     card = task_card(args.task, stats, **extra, source=source,
@@ -2826,11 +2852,10 @@ def main(args):
         heldout = args.heldout
         if heldout is None:
             heldout = default_heldout(expand_tasks(args.tasks, root=args.root))
-        make(args.tasks, args.root, heldout, args.episodes, args.processes, args.timeout)
+        present = make(args.tasks, args.root, heldout, args.episodes, args.processes, args.timeout)
         info(args.root)
-        # a job failed: it was named
-        if any((args.root / task / UNFINISHED).exists()
-               for task in expand_tasks(args.tasks, root=args.root)):
+        # what was left out or failed was named
+        if set(expand_tasks(args.tasks, root=args.root)) - set(present):
             sys.exit(1)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)

@@ -30,8 +30,9 @@ data),
 
 averaged over episodes, then over the tasks of a domain, then over domains, so that each counts the
 same; --normalise public takes both numbers from the paper's table. The interval is a 95 %
-bootstrap, stratified: episodes are redrawn within their task (Agarwal et al., 2021, rliable). A
-score whose interval reaches down to 0 is not above random, and the table says so.
+bootstrap, stratified: episodes are redrawn within their task (Agarwal et al., 2021, rliable), and
+so are those of the random policy and the reference, where the card holds them. A score whose
+interval reaches down to 0 is not above random, and the table says so.
 
 Not included: several processes for one task, rendering of MuJoCo without an OpenGL library.
 """
@@ -307,26 +308,19 @@ def _overlaps(size):
 class Atari(gym.Wrapper):
     """An ALE game as agents see it: 4 frames a step, the brighter of the last two, 64 x 64 gray.
 
-    What gymnasium's AtariPreprocessing does (up to 30 no-ops at the start, too), without OpenCV;
-    and reset() restores the game's first moment instead of loading its ROM again: ALE's own
-    reset(seed) loads the ROM for each new seed (70 ms against 3), and after its reset() without a
-    seed some games remember the last episode (Freeway's traffic, for one). Without sticky actions
-    the emulator draws no random numbers: the seed decides the number of no-ops alone.
+    What gymnasium's AtariPreprocessing does (up to 30 no-ops at the start, too), without OpenCV.
+    Without sticky actions the emulator draws no random numbers: the seed decides the number of
+    no-ops alone.
     """
 
     def __init__(self, env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
-        env.reset()
-        env.step(0)     # one frame in: Q*bert's memory is not complete at the very start
-        self.start = self.unwrapped.ale.cloneState()
+        self.metadata = {**env.metadata, "render_fps": 15}  # steps a second: 4 frames of 60
 
     def reset(self, *, seed=None, options=None):
-        game = self.unwrapped
-        if seed is not None:
-            game.np_random = np.random.default_rng(seed)
-        game.ale.restoreState(self.start)
-        for _ in range(game.np_random.integers(1, 31)):
+        self.env.reset(seed=seed)
+        for _ in range(self.unwrapped.np_random.integers(1, 31)):
             screen, *_, info = self.env.step(0)
         return to_frames(screen[None])[0], info
 
@@ -808,7 +802,7 @@ class GymWorld(gym.Wrapper):
         if self.image:
             self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
         else:
-            size = gym.spaces.flatdim(self.source) if self.source.is_np_flattenable else None
+            size = _flat_size(self.source)
             if size is None or size > STATE_WIDTH:
                 raise ValueError(f"observations are {_named(self.source)}; expected at most "
                                  f"{STATE_WIDTH} numbers, or pictures (H, W, 1 or 3) uint8")
@@ -846,6 +840,14 @@ class GymWorld(gym.Wrapper):
         return self._observe(obs), float(reward), bool(terminated), bool(truncated), _known(info)
 
 
+def _flat_size(space):
+    """Numbers of an observation once flattened, None where it cannot be."""
+    try:
+        return gym.spaces.flatdim(space) if space.is_np_flattenable else None
+    except NotImplementedError:                 # a space of somebody's own, as MiniGrid's missions
+        return None
+
+
 def _known(info):
     """What rollout reads; all else may have any form, over which vectors of worlds trip."""
     return {key: info[key] for key in ("lives", "success") if key in info}
@@ -871,7 +873,9 @@ def make_gym(name, render=False):
         raise ValueError("a module is imported only if the command line names it; if you trust it, "
                          f"add gym:{name} to the --tasks of this command")
     try:
-        env = gym.make(name, render_mode="rgb_array" if render else None, disable_env_checker=True)
+        # not every world has a render_mode: it is named only where pictures are asked for
+        env = gym.make(name, disable_env_checker=True,
+                       **({"render_mode": "rgb_array"} if render else {}))
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.5)
         raise ValueError(f"{str(error).rstrip('.')}" + (f"; nearest: {', '.join(near)}" if near
@@ -1098,10 +1102,10 @@ class Episode:
 def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lambda steps: None):
     """Play one episode per seed, num_envs at a time in lockstep; yields each Episode as it ends.
 
-    make() -> gymnasium.Env. make_policy(envs) -> act(obs, reward, done) -> actions, all with a
-    leading batch axis: reward is that of the step before, done marks the rows whose episode has
-    just begun. The one loop for experts, random policies and trained agents. advance(steps) is
-    called for progress.
+    make() -> gymnasium.Env. make_policy(envs) -> act(obs, reward, done, lost_life) -> actions, all
+    with a leading batch axis: reward is that of the step before, done marks the rows whose episode
+    has just begun, lost_life those in which info["lives"] fell in the step before. The one loop for
+    experts, random policies and trained agents. advance(steps) is called for progress.
     """
     n, queue = min(num_envs, len(seeds)), list(seeds)
     envs = SyncVectorEnv([make] * n, autoreset_mode=AutoresetMode.DISABLED)
@@ -1109,13 +1113,16 @@ def rollout(make, make_policy, seeds, num_envs=8, keep_states=True, advance=lamb
         act = make_policy(envs)
         row_seeds, queue = queue[:n], queue[n:]
         obs, info = envs.reset(seed=row_seeds)
-        reward, done = np.zeros(n), np.ones(n, bool)
+        reward, lives = np.zeros(n), np.zeros(n, int)
+        done, lost = np.ones(n, bool), np.zeros(n, bool)
         active, logs = np.ones(n, bool), [[] for _ in range(n)]
         while active.any():
-            action = act(obs, reward, done)
+            action = act(obs, reward, done, lost)
             next_obs, reward, terminated, truncated, info = envs.step(action)
             executed = info.get("executed", action)
-            lives, success = info.get("lives", np.zeros(n, int)), info.get("success", np.zeros(n))
+            before, lives = lives, info.get("lives", np.zeros(n, int))
+            lost = ~done & (lives < before)     # done: rows whose first step this was
+            success = info.get("success", np.zeros(n))
             for row in np.flatnonzero(active):
                 state = np.array(obs[row]) if keep_states else None
                 logs[row].append(
@@ -1154,15 +1161,13 @@ def random_policy(envs, seed=0):
     """Uniform actions."""
     space, rng = envs.single_action_space, np.random.default_rng(seed)
     if isinstance(space, gym.spaces.Discrete):
-        return lambda obs, reward, done: rng.integers(space.n, size=len(done))
-    return lambda obs, reward, done: rng.uniform(-1, 1, (len(done), *space.shape)).astype(
-        np.float32
-    )
+        return lambda obs, *_: rng.integers(space.n, size=len(obs))
+    return lambda obs, *_: rng.uniform(-1, 1, (len(obs), *space.shape)).astype(np.float32)
 
 
 def constant_policy(envs, action):
     """The same action always: what a policy that ignores the picture can reach."""
-    return lambda obs, reward, done: np.full(len(done), action)
+    return lambda obs, *_: np.full(len(obs), action)
 
 
 def agent_policy(envs, agent):
@@ -1367,15 +1372,40 @@ def normalise(returns, random, reference):
     return (np.asarray(returns, np.float64) - random) / (reference - random)
 
 
-def bootstrap_interval(groups, statistic, draws=2000, seed=0):
-    """95 % interval of statistic(groups), each of the arrays redrawn within itself (stratified).
+@dataclass
+class Played:
+    """A task's returns, and those that its scores are measured against (one number: exact)."""
+    returns: np.ndarray         # (n,)
+    random: np.ndarray          # of the random policy
+    reference: np.ndarray       # of the expert
+    paired: bool = False        # reference k was played in the world of episode k: (n,)
 
-    statistic: arrays (..., episodes) -> (...); it is given 100 draws at a time, (100, episodes).
+    def scores(self):
+        """(n,): 0 the random policy, 1 the reference."""
+        return normalise(self.returns, self.random.mean(), self.reference.mean())
+
+    def redraw(self, rng, times):
+        """Bootstrap samples of the scores, (times, n): all three are redrawn."""
+        row = rng.integers(len(self.returns), size=(times, len(self.returns)))
+        low = rng.choice(self.random, (times, len(self.random))).mean(1, keepdims=True)
+        high = self.reference[row] if self.paired else \
+            rng.choice(self.reference, (times, len(self.reference)))
+        high = high.mean(1, keepdims=True)
+        # a sample whose reference is not above random has no scale
+        return normalise(self.returns[row], low, np.where(high > low, high, np.nan))
+
+
+def bootstrap_interval(groups, statistic, draws=2000, seed=0):
+    """95 % interval of statistic(groups), each of the groups redrawn within itself (stratified).
+
+    groups: arrays, or Played, of which the scores are redrawn. statistic: arrays (..., episodes) ->
+    (...); it is given 100 draws at a time, (100, episodes).
     """
     rng = np.random.default_rng(seed)
-    draw = lambda: statistic([rng.choice(g, (100, len(g))) for g in groups])
-    values = [draw() for _ in range(draws // 100)]
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+    redraw = lambda g: g.redraw(rng, 100) if isinstance(g, Played) else \
+        rng.choice(g, (100, len(g)))
+    values = [statistic([redraw(g) for g in groups]) for _ in range(draws // 100)]
+    return [float(x) for x in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def mean_over_domains(groups, domains):
@@ -1416,35 +1446,44 @@ def summarise(results, by="data"):
 
 
 def _task_row(task, result, by):
-    """One task's row of scores.json and its scores, None where there is nothing to scale by."""
+    """One task's row of scores.json and its Played, None where there is nothing to scale by."""
     card, returns = result["card"], np.asarray(result["returns"], np.float64)
+    paired = domain_of(task) == "darkroom" and "reference_returns" in card and "seeds" in result
+    if paired:      # few goals: the expert's returns on those that were played, see DarkRoom.reset
+        each = card["reference_returns"]
+        each = [each[seed % len(each)] for seed in result["seeds"]]
+        card = {**card, "reference_returns": each, "reference_score": float(np.mean(each))}
     random, reference, reason = anchors(task, card, by)
+    behind = [np.array(card.get(f"{who}_returns") or [mean]) if mean == card.get(f"{who}_score")
+              else np.array([mean]) for who, mean in (("random", random), ("reference", reference))]
     low, high = bootstrap_interval([returns], lambda g: g[0].mean(-1))
     row = {
         "score": None, "interval": None, "episodes": len(returns),
         "mean_return": float(returns.mean()), "return_interval": [low, high],
         "success": result.get("success"), "random_return": random, "reference_return": reference,
-        "above_random": None if random is None else low > random,
+        "exact": [who for who, x in zip(("random", "reference"), behind) if len(x) == 1],
+        "above_random": None if random is None else bootstrap_interval(
+            [returns, behind[0]], lambda g: g[0].mean(-1) - g[1].mean(-1))[0] > 0,
         "heldout": card["heldout"], "target_return": card["target_return"],
-        "best_constant_action": result.get("constant"),
+        "best_constant_action": card.get("constant"),
     }
     if reason:
         return {**row, "unscored": reason}, None
-    scale = partial(normalise, random=random, reference=reference)
-    row["score"] = float(scale(returns).mean())
-    row["interval"] = scale([low, high]).tolist()
-    if result.get("constant"):
-        row["constant_score"] = float(scale(result["constant"]["mean_return"]))
-    return row, scale(returns)
+    played = Played(returns, *behind, paired)
+    row["score"] = float(played.scores().mean())
+    row["interval"] = bootstrap_interval([played], lambda g: g[0].mean(-1))
+    if card.get("constant"):            # what a policy that ignores the observation can reach
+        row["constant_score"] = float(normalise(card["constant"]["mean_return"], random, reference))
+    return row, played
 
 
 def _means(groups):
-    """{task: scores} -> means with intervals, of each domain and over domains; {} without tasks."""
+    """{task: Played} -> means with intervals, of each domain and over domains; {} without tasks."""
     if not groups:
         return {}
     domains, rows = [domain_of(task) for task in groups], {}
     for domain in dict.fromkeys(domains):
-        part = [scores for task, scores in groups.items() if domain_of(task) == domain]
+        part = [played for task, played in groups.items() if domain_of(task) == domain]
         rows[domain] = _mean_row(part, partial(mean_over_domains, domains=[domain] * len(part)))
     over = _mean_row(list(groups.values()), partial(mean_over_domains, domains=domains))
     return {"domains": {d: row["mean"] for d, row in rows.items()}, "domain_scores": rows,
@@ -1453,11 +1492,12 @@ def _means(groups):
 
 def _mean_row(groups, mean):
     low, high = bootstrap_interval(groups, mean)
-    return {"mean": float(mean(groups)), "interval": [low, high],
-            "interquartile_mean": float(interquartile_mean(groups)),
+    scores = [played.scores() for played in groups]
+    return {"mean": float(mean(scores)), "interval": [low, high],
+            "interquartile_mean": float(interquartile_mean(scores)),
             "interquartile_interval": bootstrap_interval(groups, interquartile_mean),
             "above_random": low > 0, "scored_tasks": len(groups),
-            "scored_episodes": sum(map(len, groups))}
+            "scored_episodes": sum(map(len, scores))}
 
 
 def format_table(summary):
@@ -1488,7 +1528,13 @@ def format_table(summary):
         lines.append(f"{failed} task{'s' * (failed > 1)} failed")
     scale = {"data": "the card's reference", "public": "the paper's reference",
              "human": "a human (Atari) or the card's reference"}[summary["normalised_by"]]
-    return "\n".join([*lines, f"0 = the random policy, 1 = {scale}"])
+    lines += [f"0 = the random policy, 1 = {scale}"]
+    exact = [task for task, row in tasks.items() if row["score"] is not None and row["exact"]]
+    if exact:
+        lines.append(f"intervals take what scores 0 or 1 as exact, as only its mean is known, in "
+                     f"{len(exact)} of {len(tasks)} tasks: {', '.join(exact[:3])}"
+                     + " ..." * (len(exact) > 3))
+    return "\n".join(lines)
 
 
 def _format_means(means, width):
@@ -1600,32 +1646,32 @@ def _failure(error):
     if type(error) in (SystemExit, OSError):
         return (OSError if type(error) is OSError else RuntimeError)(str(error))
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return RuntimeError(f"{type(error).__name__}: {error} ({Path(place.filename).name}, "
-                        f"line {place.lineno})")
+    return RuntimeError("; ".join([f"{type(error).__name__}: {error} ({Path(place.filename).name}, "
+                                   f"line {place.lineno})", *getattr(error, "__notes__", ())]))
 
 
 # -------------------------------------------------------------------------------------- evaluation
 def score_task(
     model, task, card, episodes, seed, num_envs, agent_options, advance=lambda steps: None
 ):
-    """A model's returns on one task, and those of the best constant action on the same seeds."""
+    """A model's returns on one task, episode k from seed + k."""
     from lram import Agent
-    seeds = [seed + k for k in range(episodes)]
-    play = partial(
-        rollout, partial(make_env, task, limit=card.get("limit")), seeds=seeds, num_envs=num_envs,
-        keep_states=False
-    )
-    agent = Agent(model, card, seed=seed, **agent_options)
-    played = list(play(partial(agent_policy, agent=agent), advance=advance))
-    result = {"returns": [float(e.rewards.sum()) for e in played], "card": card,
-              "success": float(np.mean([e.success for e in played]))}
-    if card.get("constant"):            # what a policy that ignores the observation can reach
-        action = card["constant"]["action"]
-        idle = lambda steps: advance(0)                    # a sign of life: the bar counts agents
-        returns = [e.rewards.sum() for e in play(partial(constant_policy, action=action),
-                                                 advance=idle)]
-        result["constant"] = {"action": action, "mean_return": float(np.mean(returns))}
-    return result
+    agent, played = Agent(model, card, seed=seed, **agent_options), []
+    try:
+        for episode in rollout(
+                partial(make_env, task, limit=card.get("limit")),
+                partial(agent_policy, agent=agent), [seed + k for k in range(episodes)], num_envs,
+                keep_states=False, advance=advance):
+            played.append(episode)
+    except Exception as error:          # what ended first is no fair sample: told, but not scored
+        if played:
+            mean = np.mean([e.rewards.sum() for e in played])
+            error.add_note(f"{len(played)} of {episodes} episodes had ended, mean return "
+                           f"{mean:.1f}, in no score")
+        raise
+    return {"returns": [float(e.rewards.sum()) for e in played], "card": card,
+            "seeds": [e.seed for e in played],
+            "success": float(np.mean([e.success for e in played]))}
 
 
 def _load_player(weights, config):
@@ -1659,8 +1705,8 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
          processes=None, timeout=600.0, **agent_options):
     """Play a model on the tasks of cards ({task: card}); returns {task: result} for summarise().
 
-    A result holds "returns", "success", "card" and perhaps "constant"; of a task that failed, which
-    is named at once, "failed" (the reason) and "card". A task whose simulator is missing is named
+    A result holds "returns", "seeds", "success" and "card"; of a task that failed, which is named
+    at once, "failed" (the reason) and "card". A task whose simulator is missing is named
     and left out. agent_options go to lram.Agent (context, temperature, target_return). processes:
     tasks played side by side, one thread each (default: as many as this program has threads, where
     the model is on the CPU and the work is worth it). Only these survive a simulator that crashes,
@@ -1668,6 +1714,9 @@ def play(model, cards, episodes=None, seed=EVALUATION_SEED, num_envs=20, quiet=F
     """
     import torch
     from tqdm import tqdm
+    if episodes is not None and episodes < 1 or num_envs < 1:
+        raise SystemExit(f"{episodes} episodes in {num_envs} environments cannot be played: give 1 "
+                         "or more of each")
     reasons = {task: cannot_play(task, card) for task, card in cards.items()}
     counts = {t: episodes or split_task(t)[0].episodes for t in cards if not reasons[t]}
     for task in cards.keys() - counts.keys():
@@ -2178,15 +2227,19 @@ def format_separation(scores):
 
 # ----------------------------------------------------------------------------------------- program
 class _FrameGrabber(gym.Wrapper):
-    """Keeps every second picture of an episode."""
+    """Keeps every second picture of an episode, of a long one fewer: at most MOST."""
+
+    MOST = 600
 
     def __init__(self, env):
         super().__init__(env)
-        self.frames, self.count = [], 0
+        self.frames, self.count, self.every = [], 0, 2
 
     def step(self, action):
-        if self.count % 2 == 0:
+        if self.count % self.every == 0:
             self.frames.append(self.env.render())
+        if len(self.frames) > self.MOST:
+            self.frames, self.every = self.frames[::2], 2 * self.every
         self.count += 1
         return self.env.step(action)
 
@@ -2215,7 +2268,8 @@ def side_by_side(agents, task, seed):
             return action
         return act
     list(rollout(partial(make_env, task), policy, [seed], num_envs=1, keep_states=False))
-    return *(np.stack(x) for x in zip(*logits)), np.mean(same), 1e3 * np.median(times[5:], axis=0)
+    times = 1e3 * np.median(times[5:] or times, axis=0)     # the first steps warm up
+    return *(np.stack(x) for x in zip(*logits)), np.mean(same), times
 
 
 def check_fast(model, fast, task, card, seed=EVALUATION_SEED):
@@ -2241,15 +2295,20 @@ class _Exported:
             files = {"policy.json": ""}
             self.policy = torch.export.load(path, extra_files=files).module()
             text = files["policy.json"]
+        says = json.loads(text)
+        self.clip_rewards, self.scale = says["clip_rewards"], says["reward_scale"]
         self.start = [torch.full(shape, float(value), dtype=getattr(torch, dtype))
-                      for shape, dtype, value in json.loads(text)["start"]]
+                      for shape, dtype, value in says["start"]]
 
     def begin(self, batch_size):
         self.state = self.start
 
-    def act(self, obs, reward, done):
+    def act(self, obs, reward, done, lost_life):
         import torch
         reward = torch.tensor(reward, dtype=torch.float32)
+        if lost_life.any():                             # see lram.Controller
+            seen = reward.clamp(-1, 1) if self.clip_rewards else reward
+            self.state = [self.start[0] + seen / self.scale, *self.state[1:]]
         action, self.logits, self.state = self.policy(torch.from_numpy(obs), reward, self.state)
         return action.numpy()
 
@@ -2310,7 +2369,7 @@ def record_video(make_policy, task, path, seed=EVALUATION_SEED, limit=None):
                          "install libegl1), osmesa (libosmesa6) or glfw (a desktop)") from None
     (episode,) = rollout(lambda: env, make_policy, [seed], keep_states=False)
     frames = [Image.fromarray(frame) for frame in env.frames]
-    duration = max(20, 2000 // env.metadata.get("render_fps", 30))
+    duration = max(20, 1000 * env.every // env.metadata.get("render_fps", 30))
     path.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     print(f"wrote {path}: {task}, {len(frames)} frames, return {episode.rewards.sum():.1f}")
@@ -2437,7 +2496,9 @@ def compare(paths, output):
         except (OSError, ValueError) as error:
             raise SystemExit(f"{path} cannot be read as scores ({error}); train.py and eval.py "
                              "--output write such files") from None
-        runs.update({path.parent.name: content} if "tasks" in content else content)
+        name = path.parent.name if path.stem == "scores" else path.stem
+        for name, run in ({name: content} if "tasks" in content else content).items():
+            runs[f"{name} ({path})" if name in runs else name] = run
     print("\n".join(comparison_table(runs)))
     if output is not None:
         draw_comparison(runs, output)

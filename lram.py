@@ -225,7 +225,7 @@ class LRAM(nn.Module):
 
         obs (B, C, S) float or (B, C, 1, 64, 64) uint8 or standardised; reward = r_{t-1} and rtg =
         R_t (B, C), both divided by the reward scale; last_action (B, C, A) rows of encode_action,
-        -1 for none. -> (B, C, tokens per step, D)
+        -1 for none. -> (B, C, tokens per step, D). ValueError for S > 204.
         """
         parts, dtype = [], self.encode_reward.weight.dtype
         reward, rtg = reward.to(dtype), rtg.to(dtype)
@@ -234,6 +234,9 @@ class LRAM(nn.Module):
             parts.append(self.encode_action(last_action.clamp(min=0)) * known)
         if "r" in self.config.tokens:
             parts.append(self.encode_reward(reward[..., None])[:, :, None])
+        if obs.dim() == 3 and obs.shape[-1] > STATE_WIDTH:      # F.pad would cut it in silence
+            raise ValueError(f"observations have {obs.shape[-1]} numbers, the model reads at most "
+                             f"{STATE_WIDTH}: leave some out")
         if obs.dim() == 5:
             s = self.encode_image(obs.flatten(0, 1)).view(*obs.shape[:2], -1)
         else:
@@ -384,17 +387,20 @@ class Agent:
         self.state, self.window = None, None
 
     @torch.no_grad()
-    def act(self, obs, reward, done):
+    def act(self, obs, reward, done, lost_life=None):
         """Actions for the observations obs (B, ...), after the raw rewards (B,) of the step before.
 
-        done (B,): the rows whose episode has just begun (their reward does not count). Returns int
+        done (B,): the rows whose episode has just begun (their reward does not count). lost_life
+        (B,): the rows that lost a life in the step before, where trajectories of training end: the
+        return-to-go restarts at the target; the state runs on, and the reward is seen. Returns int
         (B,) or float32 (B, A) in [-1, 1]; the logits stay in self.logits.
         """
         reward = self.as_seen(np.where(done, 0.0, reward))
         self.step = np.where(done, 0, self.step + 1)
         if not self.card["constant_rtg"]:
             self.rtg = self.rtg - reward
-        self.rtg = np.where(done, self.target, self.rtg).astype(np.float32)
+        begun = done if lost_life is None else done | lost_life
+        self.rtg = np.where(begun, self.target, self.rtg).astype(np.float32)
         inputs = self._inputs(obs, reward, done)
         run = {"carry": self._carry, "window": self._window, "stagger": self._stagger}[self.context]
         # without a row to restart, the state need not be copied (a fifth of a small batch's time);
@@ -493,8 +499,10 @@ class InContextAgent(Agent):
         self.before, self.seen = None, []       # state before this episode, its steps so far
 
     @torch.no_grad()
-    def act(self, obs, reward, done):
-        """As Agent.act; done marks the first step of an episode, for all rows at once."""
+    def act(self, obs, reward, done, lost_life=None):
+        """As Agent.act; done marks the first step of an episode, for all rows at once. Dark-Room
+        has no lives: lost_life is not read.
+        """
         if done.any() and not done.all():
             raise ValueError("in-context episodes begin and end together, done was true for "
                              f"{done.sum()} of {len(done)}: play worlds of equal length")
@@ -562,7 +570,8 @@ class Controller(nn.Module):
     before (0 at first). Returns the action, float32 (1, A) or int64 (1,), logits (1, A, bins) or
     (1, n), and the new state; `start` is the state in which an episode begins. A state is a list:
     return-to-go over the reward scale (1,), steps so far (1,), the last action's rows (1, A), then
-    the backbone's tensors.
+    the backbone's tensors. After a lost life the return-to-go restarts: give state[0] = start[0]
+    plus the reward, as the model sees it.
     """
 
     def __init__(self, agent):
@@ -625,7 +634,8 @@ def export_policy(agent, path, compiled=False):
     """
     controller, card = Controller(agent), agent.card
     text = json.dumps({
-        **{key: card[key] for key in ("task", "observation", "action", "reward_scale")},
+        **{key: card[key] for key in ("task", "observation", "action", "reward_scale",
+                                      "clip_rewards")},
         "target_return": float(agent.target) * agent.scale, "context": agent.context,
         "torch": torch.__version__, "threads": torch.get_num_threads() if compiled else None,
         "start": [[list(x.shape), str(x.dtype)[6:], str(x.flatten()[0].item())]
@@ -900,8 +910,10 @@ def save_checkpoint(path, payload):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"cannot write {path} ({error}); the last good checkpoint is untouched. "
-                         "Free some space and run again with --resume") from error
+        left = "the last good checkpoint is untouched. Free some space and run again with " \
+               "--resume" if path.exists() else "it would have been the first one. Free some " \
+               "space and run again"
+        raise SystemExit(f"cannot write {path} ({error}); {left}") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -915,7 +927,8 @@ def load_checkpoint(path, device="cpu"):
         raise SystemExit(f"{path} is not a readable checkpoint "
                          f"({type(error).__name__}: {str(error)[:120]}); "
                          "it may be truncated: copy or train it again") from None
-    missing = [key for key in ("model", "model_config", "cards") if key not in payload]
+    missing = [key for key in ("model", "model_config", "cards")
+               if not isinstance(payload, dict) or not isinstance(payload.get(key), dict)]
     if missing:
         raise SystemExit(f"{path} holds no {', '.join(missing)}: "
                          "it was not written by this project's train.py")
@@ -923,9 +936,15 @@ def load_checkpoint(path, device="cpu"):
 
 
 def model_from_checkpoint(payload, device="cpu"):
-    """The model of a loaded checkpoint, in eval mode."""
-    model = LRAM(Config(**payload["model_config"]))
-    model.load_state_dict(payload["model"])
+    """The model of a loaded checkpoint, in eval mode; SystemExit where its parts do not fit."""
+    try:
+        model = LRAM(Config(**payload["model_config"]))
+        model.load_state_dict(payload["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"this checkpoint does not fit lram.py ({type(error).__name__}: {reason});"
+                         " it is damaged, or another version of this project wrote it: use that "
+                         "version, or train it again") from None
     return model.to(device).eval()
 
 

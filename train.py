@@ -20,10 +20,12 @@ one process. Process 0 keeps log and checkpoint; validation and evaluation are s
 
 Not included: models that do not fit one device, mixtures that weigh domains differently.
 """
+import atexit
 import contextlib
 import dataclasses
 import datetime
 import glob
+import itertools
 import json
 import math
 import os
@@ -163,6 +165,8 @@ def resolve(args):
     args = dataclasses.replace(args, **chosen)
     if args.align < 1:
         raise SystemExit(f"--align {args.align}: windows begin at multiples of at least 1 step")
+    if args.episodes is not None and args.episodes < 0:
+        raise SystemExit(f"--episodes {args.episodes}: give 1 or more, or 0 for no score")
     if args.image_context > args.context:
         args = dataclasses.replace(args, image_context=args.context)
     every = args.validate_every or max(1, math.ceil(args.steps / 6))
@@ -174,7 +178,7 @@ def resolve(args):
 
 
 def run_folder(args):
-    """runs/<name>: a fresh one, or with --resume the newest that has a checkpoint."""
+    """runs/<name>: a fresh one, made here, or with --resume the newest that has a checkpoint."""
     base = args.name or (args.backbone if args.size == "tiny" else f"{args.backbone}-{args.size}")
     if Path(base).is_absolute() or ".." in Path(base).parts or not Path(base).name:
         raise SystemExit(f"--name {base}: give the name of a folder below runs/")
@@ -189,7 +193,19 @@ def run_folder(args):
             raise SystemExit(f"nothing to resume: {parent / base} holds no checkpoint; "
                              "start without --resume")
         return with_checkpoint[-1]
-    return parent / (f"{base}-{number(existing[-1]) + 1}" if existing else base)
+    parent.mkdir(parents=True, exist_ok=True)
+    for k in itertools.count(number(existing[-1]) + 1 if existing else 1):
+        folder = parent / (base if k == 1 else f"{base}-{k}")
+        with contextlib.suppress(FileExistsError):      # by a training that started beside this one
+            folder.mkdir()
+            atexit.register(_give_up, folder)
+            return folder
+
+
+def _give_up(folder):
+    """A run that ended before it wrote anything leaves no folder."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def resumed_args(args, saved):
@@ -198,14 +214,17 @@ def resumed_args(args, saved):
             "evaluate_every", "workers")
     saved = {k: v for k, v in saved.items() if k in {f.name for f in dataclasses.fields(Args)}}
     saved["data_root"] = Path(saved["data_root"])
+    # a flag that was typed counts, even if it asks for what is the default
+    typed = {word.split("=")[0].replace("_", "-") for word in sys.argv if word.startswith("--")}
     for field in dataclasses.fields(Args):
         given = getattr(args, field.name)
         if field.name in ("tasks", "heldout") and given:        # the run's are written out in full
             given = expand_tasks(given, field.name == "heldout", saved["data_root"])
+        flag = "--" + field.name.replace("_", "-")
+        asked = given != field.default or {flag, "--no" + flag[1:]} & typed
         if field.name in free:
             saved[field.name] = given
-        elif given != field.default and str(given) != str(saved.get(field.name)):
-            flag = "--" + field.name.replace("_", "-")
+        elif asked and str(given) != str(saved.get(field.name)):
             raise SystemExit(f"{flag} {given} contradicts the run that is resumed "
                              f"({saved.get(field.name)}): leave it out, or start a new --name")
     return Args(**saved)
@@ -334,8 +353,12 @@ class Log:
         """Append one line."""
         if self.path:
             self.rows.append(row)
-            with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise SystemExit(f"cannot write {self.path} ({error}): free some space; then, if "
+                                 "there is a checkpoint.pt beside it, add --resume") from None
 
 
 def draw_curves(rows, path, title):
@@ -557,8 +580,9 @@ def score(run, quiet=False):
     """Play all tasks, shared out over the processes; returns the content of scores.json."""
     cards = run.mixture.cards
     mine = {task: cards[task] for task in list(cards)[run.rank::run.world]}
+    # beside other processes of torchrun, which wait: a simulator's crash must not be this one's
     played = run.gather(play(run.model, mine, run.args.episodes, quiet=quiet or run.rank > 0,
-                             processes=1 if run.world > 1 else None))
+                             processes=2 if run.world > 1 else None))
     results = {task: result for part in played for task, result in part.items()}
     return summarise({task: results[task] for task in cards if task in results})
 
@@ -613,7 +637,7 @@ def main(args):
     """See the opening of this file."""
     started = time.perf_counter()
     rank, world = join_processes(args.device)
-    folder = share(None if rank else run_folder(args), world)
+    folder = share(run_folder(args) if args.resume and not rank else None, world)
     saved = load_checkpoint(folder / "checkpoint.pt") if args.resume else None
     args = resolve(resumed_args(args, saved["args"]) if saved else args)
     device, dtype, reason = choose_device(args.device, args.dtype)
@@ -622,6 +646,8 @@ def main(args):
 
     model, kernels = build_model(args, device, fresh=not saved)     # refuses what cannot be
 
+    # the folder is taken before anything slow: two trainings may start together
+    folder = folder or share(None if rank else run_folder(args), world)
     # data: what is missing is made now
     present = share(None if rank else data.make(args.tasks, args.data_root, args.heldout,
                                                 args.episodes_per_task), world)
@@ -646,15 +672,18 @@ def main(args):
         torch.set_rng_state(saved["rng"][rank])
     elif rank or saved:
         torch.manual_seed(args.seed + 1_000_003 * (first_step + rank))
-    if not rank:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {**dataclasses.asdict(args), "data": mixture.fingerprint,
-                  "backbone_parameters": count_parameters(model.backbone)}
-        (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-    run = Run(args, folder, device, dtype, mixture, model, optimizer,
-              # a run that is complete is not measured again: its last line stays
-              Log(None if rank else folder / "log.jsonl", first_step + (first_step == args.steps)),
-              rank, world)
+    config = {**dataclasses.asdict(args), "data": mixture.fingerprint,
+              "backbone_parameters": count_parameters(model.backbone)}
+    try:
+        if not rank:
+            (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+        run = Run(args, folder, device, dtype, mixture, model, optimizer,
+                  # a run that is complete is not measured again: its last line stays
+                  Log(None if rank else folder / "log.jsonl",
+                      first_step + (first_step == args.steps)), rank, world)
+    except OSError as error:
+        raise SystemExit(f"cannot write to {folder} ({error}): free some space and run the same "
+                         "command again") from None
 
     print(f"{args.backbone} {args.size}: {count_parameters(model):,} parameters, D "
           f"{model.config.dim}, {model.config.layers} layers; device {reason}, "
