@@ -1321,9 +1321,9 @@ def _plan(task, folder, episodes, with_data):
 
 def _best_constant(measured):
     """What is left to _measure of the constant action that was the best in too few episodes: as
-    many others as the expert has, which replace them.
+    many others as the random policy has, which replace them.
     """
-    wanted = len(measured["expert"])
+    wanted = len(measured["random"])
     constants = {a: r for a, r in measured.items() if isinstance(a, int) and len(r) < wanted}
     if not constants:
         return []

@@ -1211,6 +1211,14 @@ def test_weight_decay_is_on_matrices_only():
                 "norm" not in named[id(p)]
 
 
+def test_wide_observations_are_refused():
+    """204 numbers are read, 205 would be cut."""
+    model, scalar = small_model("mlstm"), torch.zeros(1)
+    assert model.act(torch.zeros(1, 204), scalar, scalar, 2)[0].shape == (1, 2, 256)
+    with pytest.raises(ValueError, match="have 205 numbers, the model reads at most 204"):
+        model.act(torch.zeros(1, 205), scalar, scalar, 2)
+
+
 def test_config_refuses_what_cannot_be():
     """With the valid choices in the message."""
     for options, words in (({"backbone": "lstm"}, "choose from"), ({"size": "7b"}, "choose from"),
@@ -1239,8 +1247,8 @@ def play(model, card, seeds, agent=lram.Agent, **options):
     def policy(envs):
         agent.begin(envs.num_envs)
 
-        def act(obs, reward, done):
-            action = agent.act(obs, reward, done)
+        def act(obs, reward, done, lost_life):
+            action = agent.act(obs, reward, done, lost_life)
             logits.append(agent.logits)
             return action
         return act
@@ -1375,7 +1383,7 @@ def test_trials_of_an_agent_that_knows(monkeypatch, capsys):
             self.goals = worlds.DarkRoom("heldout").goals
             assert count == len(self.goals) == 20
 
-        def act(self, obs, reward, done):
+        def act(self, obs, reward, done, lost_life):
             row, column = (self.goals - obs).T
             return np.where(row > 0, worlds.DarkRoom.DOWN,
                             np.where(column > 0, worlds.DarkRoom.RIGHT, worlds.DarkRoom.STAY))
@@ -1392,6 +1400,33 @@ def test_trials_of_an_agent_that_knows(monkeypatch, capsys):
         worlds.play_trials(small_model("mlstm"), {"gym/CartPole-v1": dark_card()}, 1, quiet=True)
     with pytest.raises(SystemExit, match="gpt holds 20 steps, two trials are 200: train with"):
         worlds.play_trials(small_model("gpt"), {"darkroom/train": dark_card()}, 1, quiet=True)
+
+
+@pytest.mark.parametrize("backbone", ("mlstm", "gpt"))
+def test_a_lost_life_restarts_the_return_to_go_alone(backbone):
+    """Logits are those of one window in which the second row's return-to-go begins anew at step 4;
+    its state, its last action and the reward of that step run on.
+    """
+    model = small_model(backbone, 8, torch.float64, tokens=("a", "r", "s", "rtg"))
+    card = dark_card(reward_scale=2.0, clip_rewards=True, target_return=6.0)
+    agent, rng = lram.Agent(model, card), np.random.RandomState(0)
+    obs, rewards = rng.uniform(0, 9, (7, 2, 2)).astype(np.float32), rng.randint(0, 3, (7, 2))
+    rewards[4] = 2
+    lost, acted, logits = np.zeros((7, 2), bool), [], []
+    lost[4, 1] = True
+    agent.begin(2)
+    for t in range(7):
+        acted.append(agent.act(obs[t], rewards[t], np.full(2, t == 0), lost[t]))
+        logits.append(agent.logits)
+    seen = np.minimum(rewards, 1) / 2                       # clipped, over the scale; none at first
+    seen[0] = 0
+    rtg = 3 - seen.cumsum(0)
+    rtg[4:, 1] = 3 - (seen[4:, 1].cumsum() - seen[4, 1])
+    last = np.concatenate([np.full((1, 2), -1), acted[:-1]])[..., None]     # (T, B, 1)
+    obs, seen, rtg, last = (torch.tensor(x).transpose(0, 1) for x in (obs, seen, rtg, last))
+    with torch.no_grad():
+        whole, _ = model(obs, seen, rtg, 0, last)
+    assert relative(torch.stack(logits, 1), whole) < 1e-6
 
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
@@ -1956,8 +1991,9 @@ def test_rollout_gives_every_seed_its_own_episode():
     seeds, begun = [3, 1, 4, 2, 5, 1, 2], []
 
     def policy(envs):
-        def act(obs, reward, done):
+        def act(obs, reward, done, lost_life):
             begun.append(int(done.sum()))
+            assert len(begun) < 100 and not lost_life.any()     # rows reset wrongly never end
             return np.zeros(len(obs), int)
         return act
     episodes = list(worlds.rollout(Countdown, policy, seeds, num_envs=3))
@@ -1966,6 +2002,34 @@ def test_rollout_gives_every_seed_its_own_episode():
         assert len(e.rewards) == e.seed and (e.states == e.seed).all() and \
             e.rewards.sum() == e.seed ** 2
         assert e.terminated
+
+
+def test_rollout_tells_of_lost_lives():
+    """To the step after the loss, row by row; not across episodes, not where a life is won."""
+    class Lives(gym.Env):
+        observation_space, action_space = (gym.spaces.Box(-9, 9, (1,), np.float32),
+                                           gym.spaces.Discrete(2))
+        LEFT = {1: [3, 3, 2, 2, 1, 1], 2: [3, 2, 2, 3, 3, 2], 3: [1, 1, 1, 1, 1, 1]}
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.seed, self.t = seed, 0
+            return np.array([seed], np.float32), {"lives": 3}
+
+        def step(self, action):
+            self.t += 1
+            lives = self.LEFT[self.seed][self.t - 1]
+            return np.array([self.seed], np.float32), 0.0, self.t == 6, False, {"lives": lives}
+    told = {1: [], 2: [], 3: []}
+
+    def policy(envs):
+        def act(obs, reward, done, lost_life):
+            for seed, lost in zip(obs[:, 0], lost_life):
+                told[int(seed)].append(bool(lost))
+            return np.zeros(len(obs), int)
+        return act
+    list(worlds.rollout(Lives, policy, [1, 2, 3], num_envs=2))
+    assert [np.flatnonzero(told[seed][:6]).tolist() for seed in (1, 2, 3)] == [[3, 5], [2], []]
 
 
 WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balance",
@@ -2024,18 +2088,41 @@ def test_atari_is_what_gymnasium_makes_of_it(monkeypatch):
     plain = gym.make("ALE/Breakout-v5", frameskip=1, repeat_action_probability=0.0,
                      full_action_space=True)
     plain = gym.wrappers.AtariPreprocessing(plain, screen_size=64)
-    plain.env.reset()
-    plain.env.step(0)
-    for _ in range(np.random.default_rng(5).integers(1, 31)):
-        plain.env.step(0)
+    first, _ = plain.reset(seed=5)
     monkeypatch.setitem(sys.modules, "cv2", None)           # `import cv2` fails
-    ours.reset(seed=5)
+    begun, _ = ours.reset(seed=5)
     seen = [ours.step(a % 18) for a in range(120)]
     monkeypatch.setitem(sys.modules, "cv2", cv2)
+    assert np.array_equal(begun[0], first)
     for a, (picture, reward, terminated, _, info) in enumerate(seen):
         obs, points, over, _, told = plain.step(a % 18)
         assert np.array_equal(picture[0], obs) and reward == points
         assert terminated == over and info["lives"] == told["lives"]
+
+
+def test_episodes_end_in_time():
+    """Meta-World's after 200 steps (the paper's limit), any world's after a limit that is given."""
+    for task, limit, steps in (("darkroom/train", 7, 7), ("metaworld/reach-v3", None, 200)):
+        if worlds.install_line(task):
+            pytest.skip(worlds.install_line(task))
+        env, count, truncated = worlds.make_env(task, limit=limit), 0, False
+        env.reset(seed=0)
+        while not truncated and count < 300:
+            *_, truncated, _ = env.step(np.zeros_like(env.action_space.sample()))
+            count += 1
+        assert count == steps
+
+
+def test_seeds_and_goals_are_kept_apart():
+    """No episode is of two kinds (data, references, scores); no held-out goal is trained on."""
+    tried = {seed + k * data.NEXT_TRY for seed in (0, data.NEXT_TRY - 1) for k in range(data.TRIES)}
+    starts = sorted((0, worlds.EVALUATION_SEED, data.EXPERT_SEED, data.RANDOM_SEED,
+                     data.CONSTANT_SEED))
+    assert max(tried) < worlds.EVALUATION_SEED == starts[1]
+    assert min(b - a for a, b in zip(starts, starts[1:])) >= data.NEXT_TRY
+    train_goals, heldout = ({tuple(g) for g in worlds.DarkRoom(split).goals.tolist()}
+                            for split in ("train", "heldout"))
+    assert len(train_goals) == 80 and len(heldout) == 20 and len(train_goals | heldout) == 100
 
 
 def test_procgen_draws_levels_and_ends_as_it_should():
@@ -2380,6 +2467,25 @@ def test_gym_worlds_that_do_not_fit_are_refused(observation, action, words, regi
         worlds.make_env("gym:CartPol-v1")
 
 
+def test_gym_worlds_of_odd_kinds(register):
+    """Without a render_mode it is played; a space that gymnasium cannot flatten is refused."""
+    class Plain(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+        action_space = gym.spaces.Discrete(2)
+
+        def __init__(self):
+            pass
+    gym.register("NoPictures-v0", entry_point=Plain)
+    try:
+        assert worlds.make_env("gym:NoPictures-v0").observation_space.shape == (2,)
+    finally:
+        del gym.registry["NoPictures-v0"]
+    mission = type("MissionSpace", (gym.spaces.Space,), {})
+    space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (3,)), "mission": mission()})
+    with pytest.raises(SystemExit, match="observations are Dict.*expected at most 204 numbers"):
+        worlds.make_env("gym:" + register(space, gym.spaces.Discrete(2)))
+
+
 # ------------------------------------------------------------------------------------------ scores
 def test_scores():
     """Normalised, averaged over tasks and then domains, with an interval that holds the mean."""
@@ -2407,6 +2513,91 @@ def test_scores():
     low, high = worlds.bootstrap_interval([scores], lambda g: g[0].mean(-1))
     exact = scipy_stats.norm.interval(0.95, scores.mean(), scores.std() / len(scores) ** 0.5)
     assert np.allclose([low, high], exact, atol=0.02)
+
+
+def test_intervals_redraw_what_scores_0_and_1():
+    """The width follows from the three variances (delta method); cards without returns say so."""
+    rng = np.random.RandomState(0)
+    returns, random, reference = (rng.normal(m, 2.0, n) for m, n in ((7, 200), (1, 30), (9, 20)))
+    card = dark_card(random_score=random.mean(), reference_score=reference.mean())
+    kept = {**card, "random_returns": random.tolist(), "reference_returns": reference.tolist()}
+    wide, narrow = (worlds.summarise({"a/x": {"returns": returns.tolist(), "card": c}})
+                    for c in (kept, card))
+    span = reference.mean() - random.mean()
+    score = (returns.mean() - random.mean()) / span
+    variance = lambda x: x.var() / len(x) / span ** 2
+    for summary, squared in ((narrow, variance(returns)), (wide, variance(returns)
+                             + (1 - score) ** 2 * variance(random)
+                             + score ** 2 * variance(reference))):
+        for low, high in (summary["tasks"]["a/x"]["interval"], summary["interval"]):
+            assert np.isclose(high - low, 2 * 1.96 * squared ** 0.5, rtol=0.08)
+        assert np.isclose(summary["tasks"]["a/x"]["score"], score)
+    assert "as exact, as only its mean is known, in 1 of 1 tasks: a/x" in \
+        worlds.format_table(narrow)
+    assert "exact" not in worlds.format_table(wide)
+    # a random policy that is not known exactly is harder to be better than
+    close = {"returns": [1.2] * 9,
+             "card": {**kept, "reference_returns": [9.0], "reference_score": 9.0}}
+    assert not worlds.summarise({"a/x": close})["tasks"]["a/x"]["above_random"]
+
+
+@pytest.mark.parametrize("task", ("darkroom/train", "darkroom/heldout"))
+def test_the_expert_scores_1_on_any_goals(task, tmp_path, monkeypatch):
+    """However few episodes are played, and from which seed: its reference is of these goals."""
+    monkeypatch.setattr(data, "run_jobs", lambda jobs, processes, start, timeout: (
+        (job, start()(job, lambda steps: None)) for job in reversed(jobs)))
+    data.make(["darkroom/train"], tmp_path, ["darkroom/heldout"], episodes=1)
+    card = {**data.load_card(tmp_path / task), "heldout": False}
+    row, col = worlds.make_env(task).goals.T
+    swept = 100 - row * 10 - np.where(row % 2 == 0, col, 9 - col)       # 100 - place in the sweep
+    assert card["reference_returns"] == np.resize(swept, 80).tolist()
+    monkeypatch.setattr(worlds, "agent_policy",
+                        lambda envs, agent: data.expert_policy(envs, data.DarkRoomExpert))
+    for episodes, seed in ((1, 7), (5, worlds.EVALUATION_SEED), (33, 60)):
+        played = worlds.play(small_model("mlstm"), {task: card}, episodes, seed, quiet=True)
+        score = worlds.summarise(played)["tasks"][task]
+        assert np.allclose([score["score"], *score["interval"]], 1.0, rtol=0, atol=1e-12)
+
+
+def test_a_score_plays_what_it_should(monkeypatch, capsys):
+    """Episode k from seed + k, in the world that the card's limit cuts; what had ended before a
+    simulator's error is told.
+    """
+    class Once(gym.Env):
+        observation_space, action_space = (gym.spaces.Box(-9, 9, (2,), np.float32),
+                                           gym.spaces.Discrete(5))
+        breaks, seeds = None, []
+
+        def reset(self, *, seed=None, options=None):
+            self.seeds.append(seed)
+            if seed == self.breaks:
+                raise ValueError("the simulator is broken")
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), 3.0, True, False, {}
+    asked = []
+    monkeypatch.setattr(worlds, "make_env", lambda task, limit: asked.append(limit) or Once())
+    card = {"darkroom/train": dark_card(limit=17, made_by="us")}
+    play = partial(worlds.play, small_model("mlstm"), card, seed=50, num_envs=2, quiet=True)
+    result = play(5)["darkroom/train"]
+    assert sorted({*Once.seeds}) == result["seeds"] == [50, 51, 52, 53, 54] and {*asked} == {17}
+    Once.breaks = 53
+    failed = play(5)["darkroom/train"]["failed"]
+    assert "the simulator is broken" in failed
+    assert "2 of 5 episodes had ended, mean return 3.0, in no score" in failed
+    for episodes, envs in ((0, 1), (-1, 1), (1, 0)):
+        with pytest.raises(SystemExit, match="give 1 or more of each"):
+            play(episodes, num_envs=envs)
+
+
+def test_the_best_constant_action_is_measured_on_fresh_seeds():
+    """The best of few episodes may owe it to luck; where all were played nothing is left to do."""
+    few = {"random": {0: 0.0, 1: 0.0, 2: 0.0}, 0: {70: 1.0}, 1: {70: 9.0}}
+    assert data._best_constant(few) == [(1, [71]), (1, [72]), (1, [73])]
+    assert data._best_constant({**few, 0: dict.fromkeys(range(3), 1.0),
+                                1: dict.fromkeys(range(3), 2.0)}) == []
+    assert data._best_constant({"random": {0: 0.0}}) == []          # continuous actions
 
 
 def test_scores_without_a_scale():
@@ -2594,6 +2785,31 @@ def test_video_of_a_world(tmp_path, capsys):
             worlds.main(worlds.Args(video=path, tasks=("gym:CartPole-v1",), policy="random"))
 
 
+def test_a_video_lasts_as_long_as_the_episode(monkeypatch, tmp_path):
+    """100 steps are 10 s, in few pictures too; Atari's steps are 4 frames of 60 a second."""
+    from PIL import Image
+    for most, longest in ((600, 0.2), (10, 1.6)):
+        monkeypatch.setattr(worlds._FrameGrabber, "MOST", most)
+        worlds.record_video(worlds.random_policy, "darkroom/train", tmp_path / "it.gif")
+        seconds = []
+        with Image.open(tmp_path / "it.gif") as gif:
+            for k in range(gif.n_frames):
+                gif.seek(k)
+                seconds.append(gif.info["duration"] / 1000)
+        assert len(seconds) <= most and 10 <= round(sum(seconds), 3) < 10 + longest
+    if worlds.install_line("atari/freeway") is None:
+        assert worlds.make_env("atari/freeway").metadata["render_fps"] == 60 / 4
+
+
+def test_two_agents_side_by_side_on_a_short_episode(monkeypatch):
+    """Of few steps each counts for the median, where otherwise the first warm up."""
+    make = worlds.make_env
+    monkeypatch.setattr(worlds, "make_env", lambda task: make(task, limit=3))
+    agents = [lram.Agent(small_model("mlstm"), dark_card()) for _ in range(2)]
+    first, second, same, times = worlds.side_by_side(agents, "darkroom/train", 0)
+    assert first.shape == second.shape == (3, 18) and 0 <= same <= 1 and (times > 0).all()
+
+
 def test_comparison_of_runs(tmp_path, capsys):
     """The runs that README's first table came from, and rows without a score."""
     ledger = json.loads((REPOSITORY / "figures/results.json").read_text())
@@ -2608,6 +2824,14 @@ def test_comparison_of_runs(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| a/raw | return 2.5 | " in out and "| a/fine | 0.50 (" in out
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("old.png", "new.png"))
+    # runs of one folder, and of folders of one name: none is lost
+    for name in ("a.json", "b.json", "x/mlstm/scores.json", "y/mlstm/scores.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(summary))
+    worlds.compare([tmp_path / f"{name}.json" for name in ("a", "b", "x/mlstm/scores",
+                                                           "y/mlstm/scores")], None)
+    head = capsys.readouterr().out.splitlines()[0]
+    assert head.startswith("| task | a | b | mlstm | mlstm (") and "y/mlstm/scores.json) | " in head
 
 
 # --------------------------------------------------------------------------------- inside the model
@@ -3811,7 +4035,7 @@ def test_making_may_be_killed_anywhere(tmp_path, monkeypatch):
 def test_held_out_tasks_need_none_that_is_like_them(tmp_path):
     """The paper holds out pendulum-swingup, whose 3 numbers no task of its training split has."""
     pytest.importorskip("dm_control")
-    finish = partial(data._finish_task, measured={"expert": [2.0], "random": [1.0]})
+    finish = partial(data._finish_task, measured={"expert": {0: 2.0}, "random": {0: 1.0}})
     folder = tmp_path / "dmcontrol/pendulum-swingup"
     folder.mkdir(parents=True)
     with pytest.raises(SystemExit, match="make a task of dmcontrol with it"):
@@ -3991,6 +4215,33 @@ def test_resume_takes_the_same_command(tmp_path):
         train.resumed_args(replace(args, tasks=("metaworld",)), saved)
 
 
+def test_resume_refuses_a_default_that_was_typed(monkeypatch):
+    """--backbone mlstm is the default, and yet another model than the run's gpt."""
+    saved = asdict(train.Args(backbone="gpt", dropout=0.1)) | {"data_root": "datasets"}
+    args = train.Args(resume=True)
+    assert train.resumed_args(args, saved).backbone == "gpt"        # nothing was typed
+    for words in (["--backbone", "mlstm"], ["--backbone=mlstm"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", *words])
+        with pytest.raises(SystemExit, match="--backbone mlstm contradicts the run .*gpt"):
+            train.resumed_args(args, saved)
+
+
+def test_two_trainings_never_share_a_folder(tmp_path, monkeypatch):
+    """The second one that starts finds the name taken, though nothing is written yet."""
+    monkeypatch.chdir(tmp_path)
+    seen = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *_: [])        # both look before either has made it
+    folders = [train.run_folder(train.Args(name="a/b")) for _ in range(3)]
+    monkeypatch.setattr(Path, "glob", seen)
+    folders.append(train.run_folder(train.Args(name="a/b")))
+    assert [f.name for f in folders] == ["b", "b-2", "b-3", "b-4"] and all(
+        f.is_dir() for f in folders)
+    (folders[1] / "log.jsonl").touch()
+    for folder in folders:                                  # as at the end of the program
+        train._give_up(folder)
+    assert os.listdir("runs/a") == ["b-2"]
+
+
 def test_several_processes_train_as_one(tmp_path):
     """torchrun with 2 processes against one process: the same losses and perplexities.
 
@@ -4115,6 +4366,14 @@ def test_checkpoints_are_refused_with_a_reason(tmp_path):
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
     with pytest.raises(SystemExit, match="holds no model"):
         lram.load_checkpoint(tmp_path / "foreign.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(SystemExit, match="holds no model, model_config, cards"):
+        lram.load_checkpoint(tmp_path / "tensor.pt")
+    config, weights = asdict(lram.Config()), lram.LRAM(lram.Config()).state_dict()
+    for bad in ({"model": {}, "model_config": config}, {"model": weights, "model_config": {
+            **config, "invented": 1}}, {"model": weights, "model_config": {**config, "dim": 32}}):
+        with pytest.raises(SystemExit, match="does not fit lram.py .*train it again"):
+            lram.model_from_checkpoint(bad)
     torch.save({"model": Path("x")}, tmp_path / "code.pt")
     with pytest.raises(SystemExit, match="not a readable checkpoint"):
         lram.load_checkpoint(tmp_path / "code.pt")
@@ -4172,6 +4431,8 @@ def test_a_full_disk_loses_nothing(error, tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise error
     monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="it would have been the first one. Free some space"):
+        lram.save_checkpoint(tmp_path / "first.pt", {"model": 1})
     with pytest.raises(SystemExit, match="last good checkpoint is untouched"):
         lram.save_checkpoint(path, {"model": 2})
     assert torch.load(path, weights_only=True) == {"model": 1} and os.listdir(tmp_path) == ["c.pt"]
@@ -4225,6 +4486,23 @@ def test_what_stood_there_stands_until_the_new_is_whole(write, tmp_path, monkeyp
     assert sorted(os.listdir(folder)) == sorted([*others, f"{path.name}.tmp"])
 
 
+@pytest.mark.parametrize("file", ("config.json", "log.jsonl"))
+def test_a_full_disk_at_the_start_of_training(file, tmp_path, monkeypatch):
+    """One line that says what could not be written, and no run folder is left."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path / "d", [30, 4, 25, 7, 30, 3, 12])
+    write = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if path.name == file and "runs" in path.parts:
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **kwargs)
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(data, "make", lambda tasks, *_: tasks)
+    with pytest.raises(SystemExit, match="cannot write to runs/x .*No space left.*free some space"):
+        train.main(replace(tiny_args(Path("d"), name="x"), heldout=()))
+
+
 def run(*command, cwd=REPOSITORY):
     """A command as a user would type it."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -4243,6 +4521,8 @@ def run(*command, cwd=REPOSITORY):
     (("data.py", "make", "darkroom/train", "--episodes", "0"), "give 1 or more"),
     (("eval.py", "--compare", "none.json"), "cannot be read as scores"),
     (("train.py", "--resume", "--name", "x"), "nothing to"),
+    (("train.py", "--tasks", "gym:CartPole-v1"), "there is no expert"),
+    (("train.py", "--episodes", "-1"), "give 1 or more"),
     (("train.py", "--heads", "5"), "power of two"),
     (("train.py", "--tokens", "rtg,s"), "in this order"),
     (("train.py", "--backbone", "gpt", "--size", "206m-half"), "gpt has '206m'")))
@@ -4251,6 +4531,7 @@ def test_mistakes_are_answered_with_the_nearest_choice(command, words, tmp_path)
     done = run(REPOSITORY / command[0], *command[1:], cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert words in done.stderr + done.stdout
+    assert not list((tmp_path / "runs").glob("*"))          # what never began leaves no run
 
 
 def readme_commands():
