@@ -63,12 +63,12 @@ from eval import (
     TABLE,
     DarkRoom,
     Domain,
+    ProcgenCopies,
     cannot_play,
     canonical,
     constant_policy,
     domain_of,
     expand_tasks,
-    install_line,
     make_env,
     random_policy,
     rollout,
@@ -76,6 +76,7 @@ from eval import (
     split_task,
     to_frames,
     to_gray,
+    unavailable,
     world_spec,
 )
 
@@ -614,27 +615,26 @@ def coarse(picture):
 def procgen_planner(env, count=32):
     """Plans in copies of the game: the most reward, above all without an end that pays nothing."""
     game, visits = env.unwrapped, Counter()
-    sims, towards = game.copies(count), PROCGEN_TOWARDS.get(game.name, ())
+    sims, towards = ProcgenCopies(game.name, count), PROCGEN_TOWARDS.get(game.name, ())
 
     def look():
         visits[coarse(game.picture)] += 1
         return game.picture
 
     def simulate(plans):
-        sims.callmethod("set_state", [game.state()] * count)
+        sims.restore([game.sim.state()[0]] * count)
         # 1 % of a reward between plans that pay the same: for the direction, or for new places
         scores, alive = 0.01 * np.isin(plans, towards).mean(1), np.ones(count, bool)
         views = [[game.picture] for _ in range(count)]
         for t, actions in enumerate(plans.T):
-            sims.act(actions)
-            reward, obs, first = sims.observe()
+            pictures, reward, first = sims.step(actions)
             scores += alive * DISCOUNT ** t * (reward - 5.0 * (first & (reward <= 0)))
             alive &= ~first
             if not towards:
-                often = np.array([visits[coarse(picture)] for picture in obs["rgb"]])
+                often = np.array([visits[coarse(picture)] for picture in pictures])
                 scores += alive * 0.01 / HORIZON / (1 + often)
             if t < COMMIT:
-                for seen, picture in zip(views, obs["rgb"]):
+                for seen, picture in zip(views, pictures):
                     seen.append(picture)
         return scores, views
     actions = PROCGEN_ACTIONS.get(game.name, MOVES)
@@ -654,7 +654,7 @@ class MazeExpert:
 
     def __init__(self, env, hold=1, key=np.ndarray.tobytes):
         self.game, self.hold, self.key = env.unwrapped, hold, key
-        self.sims = self.game.copies(self.WIDTH * len(CROSS))
+        self.sims = ProcgenCopies(self.game.name, self.WIDTH * len(CROSS))
         self.way, self.lost = {}, False                    # way: picture -> action
 
     def __call__(self, obs, reward):
@@ -668,19 +668,18 @@ class MazeExpert:
     def search(self):
         """The moves from here to the goal; none where there is no way."""
         here = self.key(self.game.picture)
-        origin, frontier = {here: None}, [(here, self.game.state())]
+        origin, frontier = {here: None}, [(here, self.game.sim.state()[0])]
         while frontier:
             chunk, frontier = frontier[:self.WIDTH], frontier[self.WIDTH:]
             starts = [(place, state, a) for place, state in chunk for a in CROSS]
-            starts += starts[:1] * (self.sims.num - len(starts))            # nothing new: idle
-            self.sims.callmethod("set_state", [state for _, state, _ in starts])
-            won, over = np.zeros((2, self.sims.num), bool)
+            starts += starts[:1] * (self.sims.count - len(starts))          # nothing new: idle
+            self.sims.restore([state for _, state, _ in starts])
+            won, over = np.zeros((2, self.sims.count), bool)
             for _ in range(self.hold):
-                self.sims.act(np.array([action for *_, action in starts]))
-                reward, obs, first = self.sims.observe()
+                pictures, reward, first = self.sims.step(np.array([a for *_, a in starts]))
                 won |= ~over & first & (reward > 0)
                 over |= first
-            states = self.sims.callmethod("get_state")
+            states = self.sims.state()
             for k, (place, _, action) in enumerate(starts):
                 if won[k]:
                     moves = [action]
@@ -688,7 +687,7 @@ class MazeExpert:
                         place, action = origin[place]
                         moves.append(action)
                     return moves[::-1]
-                there = self.key(obs["rgb"][k])
+                there = self.key(pictures[k])
                 if not over[k] and there not in origin:
                     origin[there] = place, action
                     frontier.append((there, states[k]))
@@ -696,12 +695,11 @@ class MazeExpert:
 
     def follow(self, moves):
         """Fills `way` with the pictures along the moves from here."""
-        self.sims.callmethod("set_state", [self.game.state()] * self.sims.num)
+        self.sims.restore([self.game.sim.state()[0]] * self.sims.count)
         picture = self.game.picture
         for action in np.repeat(np.array(moves, int), self.hold):
             self.way[picture.tobytes()] = int(action)
-            self.sims.act(np.full(self.sims.num, action))
-            picture = self.sims.observe()[1]["rgb"][0]
+            picture = self.sims.step(np.full(self.sims.count, action))[0][0]
 
 
 def heist_expert(env):
@@ -1202,21 +1200,16 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
     root, present, plans = Path(root), [], {}
     tasks = expand_tasks(tasks, root=root)
     for task in dict.fromkeys(tasks + expand_tasks(heldout, heldout=True, root=root)):
-        missing, public = install_line(task), is_public(find_folder(root, task))
+        missing, public = unavailable(task), is_public(find_folder(root, task))
         made = public or (root / task / "task.json").exists()
         if missing:                             # what is made can be trained on all the same
-            print(f"{task} {'cannot be scored' if made else 'left out'}: its simulator is not "
-                  f"installed ({missing})", file=sys.stderr)
+            print(f"{task} {'cannot be scored' if made else 'left out'}: {missing}",
+                  file=sys.stderr)
         if missing or public:
             present += [task] if made else []
             continue
         present.append(task)
-        try:
-            plan = _plan(task, root / task, episodes, task in tasks)
-        except (ImportError, RuntimeError, OSError) as error:       # installed, and broken
-            print(f"{task} left out: {type(error).__name__}: {error}", file=sys.stderr)
-            present.remove(task)
-            continue
+        plan = _plan(task, root / task, episodes, task in tasks)
         if plan:
             plans[task] = plan
     jobs = [(function, task, args) for task, plan in plans.items() for function, args in plan]

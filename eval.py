@@ -53,6 +53,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -87,8 +88,7 @@ class MetaWorld(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
 
     def __init__(self, name, render_mode=None):
-        import metaworld                                   # 0.4 s: only who uses it pays for it
-        tasks = metaworld.ALL_V3_ENVIRONMENTS
+        tasks = import_metaworld().ALL_V3_ENVIRONMENTS
         if name not in tasks:
             near = difflib.get_close_matches(name, tasks, n=3, cutoff=0.0)
             raise ValueError(f"no Meta-World task {name!r}; nearest: {', '.join(near)}")
@@ -121,6 +121,22 @@ class MetaWorld(gym.Env):
 
     def close(self):
         self.sim.close()
+
+
+def import_metaworld():
+    """metaworld, also where the library of glfw does not load (it wants libX11).
+
+    gymnasium's MuJoCo module imports glfw at its top, though only windows and MUJOCO_GL=glfw use
+    it: an empty module does for all else.
+    """
+    try:
+        import glfw  # noqa: F401
+    except ImportError:
+        if os.environ["MUJOCO_GL"] == "glfw":
+            raise
+        sys.modules["glfw"] = types.ModuleType("glfw")
+    import metaworld                                       # 0.4 s: only who uses it pays for it
+    return metaworld
 
 
 def make_metaworld(name, render=False):
@@ -366,37 +382,21 @@ class Procgen(gym.Env):
     all that is random in it, from s. info["success"] is 1.0 on the step that completes the level
     (maze, heist, coinrun ...; some games have no such moment). The game's own time limit truncates.
 
-    `picture` is what is seen in colour (64, 64, 3); `state()` and `copies()` serve experts that
-    try their actions out before they take them.
+    `picture` is what is seen in colour (64, 64, 3); `sim` is a ProcgenCopies of one.
     """
 
     TIME = {"maze": 500, "leaper": 500, "bossfight": 4000, "plunder": 4000, "bigfish": 6000}
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
     def __init__(self, name, render_mode=None):
-        with contextlib.redirect_stderr(io.StringIO()):    # it imports the old gym, which complains
-            from procgen.env import ENV_NAMES
-        if name not in ENV_NAMES:
-            raise ValueError(f"no Procgen game {name!r}; choose from: {', '.join(ENV_NAMES)}")
+        games = sorted(DOMAINS["procgen"].tasks + DOMAINS["procgen"].heldout)
+        if name not in games:
+            raise ValueError(f"no Procgen game {name!r}; choose from: {', '.join(games)}")
         self.name, self.render_mode = name, render_mode
         self.steps = self.TIME.get(name, 1000)             # the games' own limits
         self.observation_space = gym.spaces.Box(0, 255, (1, 64, 64), np.uint8)
         self.action_space = gym.spaces.Discrete(15)
-        self.sim = self.copies(1)
-
-    def copies(self, count, seed=0):
-        """`count` simulators (gym3 interface: act, observe, callmethod("set_state", states))."""
-        from procgen import ProcgenGym3Env
-        try:
-            return ProcgenGym3Env(count, self.name, distribution_mode="easy", num_levels=200,
-                                  start_level=0, rand_seed=seed, num_threads=0)
-        except OSError as error:
-            raise RuntimeError(f"Procgen cannot load its library ({error}); on Debian and Ubuntu: "
-                               "apt-get install libgl1 libglib2.0-0") from None
-
-    def state(self):
-        """Everything about this moment, for set_state of the copies: bytes."""
-        return self.sim.callmethod("get_state")[0]
+        self.sim = ProcgenCopies(name, 1)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -405,17 +405,16 @@ class Procgen(gym.Env):
         # The simulator draws level after level from the seed it was made with, and goes on by
         # itself; a new one costs 0.3 ms (the first of a process, which reads the sprites, 1 s).
         self.sim.close()
-        self.sim, self.t = self.copies(1, seed), 0
-        self.picture = self.sim.observe()[1]["rgb"][0].copy()
-        return self._observation(), {"success": 0.0, "level": self.sim.get_info()[0]["level_seed"]}
+        self.sim, self.t = ProcgenCopies(self.name, 1, seed), 0
+        self.picture = self.sim.observe()[0][0].copy()
+        return self._observation(), {"success": 0.0, "level": self.sim.info["level_seed"]}
 
     def step(self, action):
-        self.sim.act(np.array([action], np.int32))
-        reward, obs, first = self.sim.observe()
-        info, self.t = self.sim.get_info()[0], self.t + 1
-        done, success = bool(first[0]), float(info["prev_level_complete"])
+        pictures, reward, over = self.sim.step(np.array([action]))
+        info, self.t = self.sim.info, self.t + 1
+        done, success = bool(over[0]), float(info["prev_level_complete"])
         if not done:            # at the end it shows the next level already: keep the last picture
-            self.picture = obs["rgb"][0].copy()
+            self.picture = pictures[0].copy()
         truncated = done and self.t >= self.steps and not success
         info = {"success": success, "level": info["prev_level_seed"]}
         return self._observation(), float(reward[0]), done and not truncated, truncated, info
@@ -428,6 +427,51 @@ class Procgen(gym.Env):
 
     def close(self):
         self.sim.close()
+
+
+class ProcgenCopies:
+    """`count` simulators of one game in lockstep, for Procgen itself and for experts that try their
+    actions out before they take them.
+
+    Two packages carry OpenAI's code, each for some Pythons: procgen-mirror (to 3.11, on gym3) and
+    procgen-gym (from 3.13, on gymnasium). observe() and step(actions (N,)) return pictures (N, 64,
+    64, 3) uint8, reward (N,) and over (N,) bool; info is the first one's; state() is all there is
+    to know of the moment, for restore(): a list of bytes.
+    """
+
+    def __init__(self, name, count, seed=0):
+        options = dict(distribution_mode="easy", num_levels=200, start_level=0, rand_seed=seed,
+                       num_threads=0)
+        self.count, self.gym3 = count, importlib.util.find_spec("procgen") is not None
+        try:
+            if self.gym3:
+                with contextlib.redirect_stderr(io.StringIO()):     # it imports the old gym, which
+                    from procgen import ProcgenGym3Env              # complains
+                self.sim = sim = ProcgenGym3Env(count, name, **options)
+            else:
+                from procgen_gym import ProcgenVecEnv
+                self.sim = sim = ProcgenVecEnv(count, name, **options)
+        except OSError as error:
+            raise SystemExit(f"Procgen cannot load its library ({error}); on Debian and Ubuntu: "
+                             "apt-get install libgl1 libglib2.0-0") from None
+        self.state, self.restore, self.close = sim.get_state, sim.set_state, sim.close
+
+    def observe(self):
+        if self.gym3:
+            reward, obs, over = self.sim.observe()
+            self.info = self.sim.get_info()[0]
+            return obs["rgb"], reward, over
+        pictures, info = self.sim.reset()                  # which only looks
+        self.info = {key: values[0] for key, values in info.items()}
+        return pictures, np.zeros(self.count), np.zeros(self.count, bool)
+
+    def step(self, actions):
+        if self.gym3:
+            self.sim.act(actions)
+            return self.observe()
+        pictures, reward, over, _, info = self.sim.step(actions)
+        self.info = {key: values[0] for key, values in info.items()}
+        return pictures, reward, over
 
 
 def make_procgen(game, render=False):
@@ -893,7 +937,7 @@ def make_gym(name, render=False):
 class Domain:
     """One row: how to make tasks, what to install, how rewards are read, how scores are taken."""
     make: Callable                      # (task name, render) -> gymnasium.Env
-    package: str                        # what `import` needs
+    package: str                        # what `import` needs: one of these names
     install: str                        # what pip needs
     tasks: tuple                        # the paper's training split
     heldout: tuple = ()                 # and what it holds out; other tasks can be named too
@@ -944,18 +988,19 @@ DOMAINS = {
         ("alien", "ms_pacman", "pong", "space_invaders", "star_gunner"),
         reward_scale=20.0, clip_rewards=True, episodes=8, steps=2000),
     "procgen": Domain(
-        make_procgen, "procgen", "procgen-mirror==0.10.7  # Linux, Python up to 3.11",
+        make_procgen, "procgen procgen_gym",
+        "procgen-mirror==0.10.7 (Linux, Python to 3.11) or procgen-gym==0.1.1 (from 3.13)",
         ("bigfish", "bossfight", "caveflyer", "chaser", "coinrun", "dodgeball", "fruitbot", "heist",
          "leaper", "maze", "miner", "starpilot"),
         ("climber", "jumper", "ninja", "plunder"), made_scale=10.0, steps=300),
     "composuite": Domain(
-        make_composuite, "robosuite", "robosuite==1.5.2",
+        make_composuite, "robosuite", "robosuite==1.5.2; on Linux it needs gcc",
         composuite_names(lambda *c: (c[0], c[2]) != ("Panda", "ObjectWall")),
         composuite_names(lambda *c: (c[0], c[2]) == ("Panda", "ObjectWall")),
         made_scale=100.0, episodes=5, steps=500),
     # what the paper holds out cannot be built here: these two are our choice
     "mimicgen": Domain(
-        make_mimicgen, "robosuite", "robosuite==1.5.2",
+        make_mimicgen, "robosuite", "robosuite==1.5.2; on Linux it needs gcc",
         tuple(name for name in mimicgen_names() if name not in MIMICGEN_HELDOUT),
         MIMICGEN_HELDOUT, episodes=10),
     "gym": Domain(make_gym, "gymnasium", "gymnasium", (), reward_scale=None),
@@ -1024,13 +1069,33 @@ def split_task(task):
     )
 
 
-def install_line(task):
-    """None if the task's simulator is installed, else the line that installs it."""
-    if canonical(task).split("/")[0] not in DOMAINS:     # converted data: to train on alone
-        return "eval.py has none for this domain"
-    domain, _ = split_task(task)
-    found = importlib.util.find_spec(domain.package) is not None
-    return None if found else f"pip install {domain.install}"
+def unavailable(task):
+    """None if the task's world can be made here, else why not: what is missing, what installs it.
+
+    A simulator counts that makes a world: it may be installed, and want a library of the system's.
+    """
+    name = canonical(task).split("/")[0]
+    if name not in DOMAINS:                              # converted data: to train on alone
+        return "eval.py has no world for this domain"
+    split_task(task)
+    return _missing_package(name) or _broken(name)
+
+
+def _missing_package(name):
+    domain = DOMAINS[name]
+    if any(importlib.util.find_spec(package) for package in domain.package.split()):
+        return None
+    return f"its simulator is not installed (pip install {domain.install})"
+
+
+@functools.cache
+def _broken(name):
+    domain = DOMAINS[name]
+    try:
+        for task in domain.tasks[:1]:
+            domain.make(task).close()
+    except (ImportError, OSError, RuntimeError, SystemExit) as error:
+        return f"its simulator does not start: {str(error).splitlines()[0]}"
 
 
 def make_env(task, render=False, limit=None):
@@ -1038,11 +1103,9 @@ def make_env(task, render=False, limit=None):
     where there is none.
     """
     domain, name = split_task(task)
-    missing = install_line(task)
+    missing = _missing_package(canonical(task).split("/")[0])
     if missing:
-        raise SystemExit(
-            f"{task} needs a simulator that is not installed; install it with: {missing}"
-        )
+        raise SystemExit(f"{task} cannot be made: {missing}")
     try:
         env = domain.make(name, render)
     except ValueError as error:
@@ -1071,9 +1134,9 @@ def world_spec(task):
 
 def cannot_play(task, card):
     """Why a policy trained on data with this card cannot be scored on the task here, or None."""
-    missing = install_line(task)
+    missing = unavailable(task)
     if missing:
-        return f"its simulator is not installed ({missing})"
+        return missing
     if "made_by" in card and "source" not in card:      # made in this very world
         return None
     world = world_spec(task)
@@ -2601,7 +2664,7 @@ def list_tasks():
     for task in all_tasks():
         domain, name = split_task(task)
         print(f"{task:<50}{'held out' if name in domain.heldout else '':<10}"
-              f"{install_line(task) or 'available'}")
+              f"{unavailable(task) or 'available'}")
 
 
 def write_scores(scores, path):

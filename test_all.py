@@ -55,6 +55,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+def needs(task):
+    """Skips the test where the task's world cannot be made, with the reason."""
+    if worlds.unavailable(task):
+        pytest.skip(worlds.unavailable(task))
+
+
 def relative(a, b):
     """Largest difference over the largest value of the truth b."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -2040,8 +2046,7 @@ WORLD_TASKS = ("darkroom/train", "metaworld/reach-v3", "dmcontrol/cartpole-balan
 @pytest.mark.parametrize("task", WORLD_TASKS)
 def test_world_contract(task):
     """Spaces as promised; the seed alone determines an episode, on a used instance too."""
-    if worlds.install_line(task):
-        pytest.skip(worlds.install_line(task))
+    needs(task)
     env, other = worlds.make_env(task), worlds.make_env(task)
 
     def trajectory(env, seed, steps=60):
@@ -2127,8 +2132,7 @@ def test_seeds_and_goals_are_kept_apart():
 
 def test_procgen_draws_levels_and_ends_as_it_should():
     """Levels 0 to 199 by the seed, on a used instance too; the clock truncates, a goal ends."""
-    if worlds.install_line("procgen/maze"):
-        pytest.skip(worlds.install_line("procgen/maze"))
+    needs("procgen/maze")
     env = worlds.make_env("procgen/maze")
     levels = [env.reset(seed=seed)[1]["level"] for seed in range(300)]
     assert min(levels) >= 0 and max(levels) < 200 and len(set(levels)) > 100
@@ -2148,7 +2152,7 @@ def test_procgen_draws_levels_and_ends_as_it_should():
 
 def maze_distance(env):
     """Steps to the cheese, counted in the grid of cells that the simulator keeps in its memory."""
-    state, side, wall, cheese = env.unwrapped.state(), 15, 51, 2
+    state, side, wall, cheese = env.unwrapped.sim.state()[0], 15, 51, 2
     head = np.array([side, side, side * side], np.int32).tobytes()
     cells = np.frombuffer(state, np.int32, side * side, state.index(head) + len(head))
     frontier, distance = {int(np.flatnonzero(cells != wall)[0])}, {}        # the lower left corner
@@ -2161,8 +2165,7 @@ def maze_distance(env):
 
 def test_maze_expert_takes_the_shortest_way():
     """Against breadth-first search in the true grid, in place of pictures."""
-    if worlds.install_line("procgen/maze"):
-        pytest.skip(worlds.install_line("procgen/maze"))
+    needs("procgen/maze")
     env = worlds.make_env("procgen/maze")
     for seed in (901, 902, 903):
         obs, _ = env.reset(seed=seed)
@@ -2176,8 +2179,7 @@ def test_maze_expert_takes_the_shortest_way():
 @pytest.mark.parametrize("task", ("atari/boxing", "procgen/chaser"))
 def test_planners_play_well_and_touch_nothing(task):
     """More than random actions get, and the same as their actions get where nothing is planned."""
-    if worlds.install_line(task):
-        pytest.skip(worlds.install_line(task))
+    needs(task)
     make = partial(worlds.make_env, task, limit=60)
     expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
     planned, = worlds.rollout(make, expert, [900])
@@ -2220,8 +2222,7 @@ def test_planner_plans_when_it_has_to():
     ("mimicgen/Panda_Stack_D0", 0.99)))
 def test_experts_do_the_task(task, least):
     """Far above the random policy, on seeds that the data do not use."""
-    if worlds.install_line(task):
-        pytest.skip(worlds.install_line(task))
+    needs(task)
     expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
     returns = [e.rewards.sum()
                for e in worlds.rollout(partial(worlds.make_env, task), expert, [900, 901], 2)]
@@ -2237,8 +2238,7 @@ def test_composuite_is_all_combinations():
     names = {name for name in domain.tasks + domain.heldout}
     assert len(names) == 256 and all("Panda_" in n and "_ObjectWall_" in n for n in domain.heldout)
     assert [len({name.split("_")[k] for name in names}) for k in range(4)] == [4] * 4
-    if worlds.install_line("composuite/all"):
-        pytest.skip(worlds.install_line("composuite/all"))
+    needs("composuite/all")
     for k in range(4):                                  # every value of every factor
         choice = [values[(k + shift) % 4] for shift, values in enumerate(worlds.COMPOSUITE_FACTORS)]
         env = worlds.make_env("composuite/" + "_".join(choice))
@@ -2265,8 +2265,7 @@ def test_composuite_is_all_combinations():
     "composuite/IIWA_Dumbbell_GoalWall_Trashcan", "composuite/Kinova3_Box_ObjectDoor_Push"))
 def test_composuite_is_solved_and_goes_on(task):
     """The script lets go of the object in its place; from then on each step is worth 1."""
-    if worlds.install_line(task):
-        pytest.skip(worlds.install_line(task))
+    needs(task)
     make = partial(worlds.make_env, task, limit=200)
     expert = partial(data.expert_policy, expert=data.recipe_of(task).expert)
     episode, = worlds.rollout(make, expert, [901])
@@ -2306,8 +2305,7 @@ def test_noise_is_executed_and_not_recorded():
 def test_planner_reads_the_simulator_and_never_touches_it():
     """A twin that nobody plans in goes the same way, bit for bit; noise does not spoil the plan."""
     task = "dmcontrol/pendulum-swingup"
-    if worlds.install_line(task):
-        pytest.skip(worlds.install_line(task))
+    needs(task)
     import mujoco
     everything = mujoco.mjtState.mjSTATE_INTEGRATION
 
@@ -2334,8 +2332,7 @@ def test_planner_reads_the_simulator_and_never_touches_it():
 
 def test_planned_rewards_know_the_bodies():
     """Against the suite's own reward, or what it is made of, in random poses."""
-    if worlds.install_line("dmcontrol/walker-stand"):
-        pytest.skip(worlds.install_line("dmcontrol/walker-stand"))
+    needs("dmcontrol/walker-stand")
 
     def poses(name):
         env = worlds.make_env(f"dmcontrol/{name}")
@@ -4408,15 +4405,25 @@ def test_missing_simulators_are_named_and_left_out(tmp_path, monkeypatch, capsys
     write_task(tmp_path / "made", [20, 20], task="metaworld/reach-v3")     # the data are there
     assert data.make(tasks[:1], tmp_path / "made") == ["metaworld/reach-v3"]
     assert "metaworld/reach-v3 cannot be scored" in capsys.readouterr().err
-    monkeypatch.undo()                          # installed, but it lacks a system library
-
-    def broken(task):
-        if task == "metaworld/reach-v3":
-            raise OSError("libGL.so.1")
-        return worlds.make_env(task)
-    monkeypatch.setattr(data, "make_env", broken)
+    broken = mock.Mock(side_effect=OSError("libGL.so.1"))       # it lacks a library of the system's
+    monkeypatch.setitem(worlds.DOMAINS, "gone", replace(
+        worlds.DOMAINS["darkroom"], make=broken, tasks=("one", "two")))
+    tasks = ["gone/one", "darkroom/train", "gone/two"]
     assert data.make(tasks, tmp_path / "new", episodes=2, processes=1) == ["darkroom/train"]
-    assert "metaworld/reach-v3 left out: OSError: libGL.so.1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for task in tasks[::2]:
+        assert f"{task} left out: its simulator does not start: libGL.so.1" in said
+    assert broken.call_count == 1 and "does not start" in worlds.cannot_play("gone/two", {})
+
+
+def test_metaworld_does_without_the_library_of_windows():
+    """Where glfw's does not load: the bare system has no libX11, and nothing is drawn."""
+    needs("metaworld/reach-v3")
+    run = subprocess.run(
+        [sys.executable, "-c", "import eval; eval.make_env('metaworld/reach-v3').reset(seed=0)"],
+        cwd=Path(__file__).parent, env=os.environ | {"PYGLFW_LIBRARY": "/nowhere.so"},
+        capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("error", (OSError(28, "No space left on device"), RuntimeError("write")))
