@@ -977,7 +977,7 @@ DOMAINS = {
         ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3"),
         reward_scale=200.0, made_scale=400.0),
     "dmcontrol": Domain(
-        make_dmcontrol, "dm_control", "dm-control==1.0.28",
+        make_dmcontrol, "dm_control", "dm-control==1.0.28 (Python to 3.12)",
         ("ball_in_cup-catch", "cartpole-swingup", "cheetah-run", "finger-spin", "finger-turn_easy",
          "fish-upright", "hopper-stand", "point_mass-easy", "reacher-easy", "walker-run",
          "walker-stand"),
