@@ -2108,8 +2108,7 @@ def test_atari_is_what_gymnasium_makes_of_it(monkeypatch):
 def test_episodes_end_in_time():
     """Meta-World's after 200 steps (the paper's limit), any world's after a limit that is given."""
     for task, limit, steps in (("darkroom/train", 7, 7), ("metaworld/reach-v3", None, 200)):
-        if worlds.install_line(task):
-            pytest.skip(worlds.install_line(task))
+        needs(task)
         env, count, truncated = worlds.make_env(task, limit=limit), 0, False
         env.reset(seed=0)
         while not truncated and count < 300:
@@ -2794,7 +2793,7 @@ def test_a_video_lasts_as_long_as_the_episode(monkeypatch, tmp_path):
                 gif.seek(k)
                 seconds.append(gif.info["duration"] / 1000)
         assert len(seconds) <= most and 10 <= round(sum(seconds), 3) < 10 + longest
-    if worlds.install_line("atari/freeway") is None:
+    if not worlds.unavailable("atari/freeway"):
         assert worlds.make_env("atari/freeway").metadata["render_fps"] == 60 / 4
 
 
