@@ -147,6 +147,16 @@ def test_mlstm_fresh_state_is_the_zero_state(T):
         assert max(relative(a, b) for a, b in zip((h, *end), (h0, *end0))) < 1e-10
 
 
+@pytest.mark.parametrize("T", (64, 65, 150))
+def test_mlstm_without_the_final_state(T):
+    """Training asks for no state at the end; between the chunks it is needed all the same."""
+    inputs, state = mlstm_inputs(T)
+    truth, _ = mlstm.mlstm_recurrent(*inputs, state)
+    for form in MLSTM_FORMS.values():
+        h, end = form(*inputs, state, final_state=False)
+        assert end is None and relative(h, truth) < 1e-10
+
+
 def test_mlstm_gradient_is_a_finite_difference():
     """Autograd of the definition against differences of its value, m constant along the way."""
     (q, k, v, i, f), state = mlstm_inputs(4, B=1, H=1, K=3, V=2)
@@ -227,6 +237,15 @@ def test_slstm_hand_written_gradient(T):
         # float32 gradients pass T times through R: their error grows with T
         assert max(errors) < (bar if dtype == torch.float64 else max(bar, 1e-6 * T)), \
             (dtype, errors)
+
+
+def test_slstm_fresh_state_takes_any_input_gate():
+    """c / n = tanh(z) after the first token, however far from 0 its input gate lies."""
+    gates = torch.randn(2, 1, 4, 3, 10, dtype=torch.float64)
+    gates[0, :, 0], gates[1, :, 0] = -900.0, 900.0
+    for form in (slstm.slstm_recurrent, slstm.slstm_scan):
+        y, _ = form(gates, torch.zeros(4, 3, 10, 10, dtype=torch.float64))
+        assert relative(y, torch.sigmoid(gates[:, :, 3]) * torch.tanh(gates[:, :, 2])) < 1e-12
 
 
 def test_slstm_under_stress():
@@ -1067,6 +1086,9 @@ def small_model(backbone, context=20, dtype=torch.float32, **options):
         for name, p in model.named_parameters():
             if not name.endswith(("A_log", "dt.bias")):
                 p.add_(0.1 * torch.randn_like(p))
+        for block in model.backbone.blocks:
+            if isinstance(block, mlstm.MLSTMBlock):     # else every |q n| is below its floor of 1
+                block.gates.bias[:block.num_heads] += 6
     return model.to(dtype).eval()
 
 
@@ -1088,6 +1110,16 @@ def test_splits_never_change_the_result(backbone):
 def flatten(state):
     """Nested tuples of tensors -> a flat list."""
     return [x for part in state for x in flatten(part)] if isinstance(state, tuple) else [state]
+
+
+@pytest.mark.parametrize("backbone", RECURRENT)
+def test_state_of_a_block_stays_float32_in_bfloat16(backbone):
+    """All of it but the convolution's inputs, at first and after every call."""
+    model = small_model(backbone, dtype=torch.bfloat16).backbone
+    x, state = torch.randn(2, 9, 32).bfloat16(), None
+    for state in (model.initial_state(2, dtype=x.dtype), model(x)[1], model(x, model(x)[1])[1]):
+        assert all(part.dtype == torch.float32 for block in state for part in block[:-1])
+        assert all(block[-1].dtype == torch.bfloat16 for block in state)
 
 
 @pytest.mark.parametrize("backbone", lram.BACKBONES)
@@ -1151,6 +1183,10 @@ def test_initialisation():
     block = slstm.SLSTMBlock(64, 4, num_blocks=5, block_index=2)
     expected = [5 - 12 * (j / 15) ** (0.3 + 1.3 * 0.5) for j in range(16)]
     assert torch.allclose(block.bias[1, 2], torch.tensor(expected), atol=1e-5)
+    block = gpt.GPTBlock(512, 4, 10, num_blocks=8)
+    for linear, std in ((block.qkv, 0.02), (block.mlp_up, 0.02), (block.out, 0.005),
+                        (block.mlp_down, 0.005)):           # 0.02 / sqrt(2 * 8) where it writes
+        assert abs(linear.weight.std() / std - 1) < 0.02 and not linear.bias.any()
     block = mamba.MambaBlock(256)
     assert torch.allclose(-torch.exp(block.A_log[3]), -torch.arange(1.0, 17.0))
     dt = F.softplus(block.dt.bias)
@@ -1261,7 +1297,9 @@ def test_weight_decay_is_on_matrices_only():
     """Every parameter in one group, and none of the exempt ones in the decayed group."""
     for backbone in lram.BACKBONES:
         model = small_model(backbone)
-        decay, rest = (g["params"] for g in model.parameter_groups(0.01))
+        groups = model.parameter_groups(0.03)
+        assert [g["weight_decay"] for g in groups] == [0.03, 0.0]
+        decay, rest = (g["params"] for g in groups)
         assert len(decay) + len(rest) == len(list(model.parameters()))
         named = {id(p): n for n, p in model.named_parameters()}
         for p in decay:
@@ -1324,8 +1362,9 @@ def test_acting_is_training(backbone, tokens, tmp_path):
     standardised observations.
     """
     context = 20
-    model = small_model(backbone, context, torch.float64, tokens=tokens, standardise=True)
-    card = dark_card(target_return=11.0)
+    model = small_model(backbone, context, torch.float64, tokens=tokens, standardise=True,
+                        dropout=0.5).train()        # an agent sees to it that nothing is dropped
+    card = dark_card(target_return=11.0, reward_scale=4.0)     # whose sums are exact
     modes = ("carry", "window", "stagger") if backbone != "gpt" else ("window", "stagger")
     for mode in modes:
         (first, second), acted = play(model, card, [0, 3], context=mode, temperature=1.0)
@@ -1336,11 +1375,11 @@ def test_acting_is_training(backbone, tokens, tmp_path):
             data.write_trajectory(folder / f"{row}.hdf5", episode.states, episode.actions,
                                   episode.rewards, False)
             # asked for the return that it got, an agent sees the recorded returns-to-go
-            got = dark_card(target_return=11.0)
-            (folder / "task.json").write_text(json.dumps(got))
+            (folder / "task.json").write_text(json.dumps(card))
             mixture = data.Mixture(tmp_path / mode, ["darkroom/train"], standardise=True)
             window = mixture.window((0, row, 100), 0, 100)
-            window["rtg"] = (11.0 - (episode.rewards.sum() - window["rtg"])).astype(np.float32)
+            collected = episode.rewards.sum() / 4 - window["rtg"]
+            window["rtg"] = (11.0 / 4 - collected).astype(np.float32)
             inputs, _, _ = train.to_tensors(data.collate([window], 100), model.config, "cpu")
             for key in ("obs", "reward", "rtg", "last_action"):
                 inputs[key] = inputs[key] if inputs[key] is None else inputs[key][:, :steps]
@@ -1594,7 +1633,7 @@ def test_exported_policy_is_the_agent(backbone, image, compiled, tmp_path, monke
         observation={"kind": "image", "shape": [1, 64, 64]} if image else
         {"kind": "vector", "shape": [2]}, clip_rewards=image, constant_rtg=backbone == "mamba",
         action={"kind": "discrete", "n": 5} if image else {"kind": "continuous", "dims": 3},
-        reward_scale=5.0)
+        reward_scale=4.0)     # whose sums are exact
     agent, path, rng = lram.Agent(model, card), tmp_path / "policy.pt2", np.random.default_rng(0)
     lram.export_policy(agent, path, compiled)
     with monkeypatch.context() as patch:
@@ -1997,7 +2036,10 @@ def test_bench_knows_the_bytes():
         assert rows["gpt", C] == 4 * (2 * 3 * C * D * 4 + 8) + 8
     with torch.device("meta"):
         model = lram.LRAM(lram.Config("mlstm", "16m"))
+        transformer = lram.LRAM(lram.Config("gpt", "16m"))
     assert bench.weight_bytes(model, "bfloat16") == 2 * (12939840 + 1024 * D)
+    blocks = 4 * (12 * D * D + 13 * D) + 2 * D              # what a step reads: no positions
+    assert bench.weight_bytes(transformer, "float32") == 4 * (blocks + 1024 * D)
 
 
 def test_decoding():
@@ -2007,11 +2049,31 @@ def test_decoding():
     logits = torch.zeros(1, 18)
     logits[0, 12], logits[0, 3] = 9.0, 1.0
     assert agent._decode(logits).tolist() == [3]            # 12 is no action of this task
-    agent = lram.Agent(model, dark_card(action={"kind": "continuous", "dims": 2}), temperature=1.0)
     logits = torch.full((4000, 2, 256), -torch.inf)
     logits[..., 10], logits[..., 200] = np.log(0.25), np.log(0.75)
-    share = (agent._decode(logits) > 0).mean()
-    assert abs(share - 0.75) < 0.03
+    for temperature, expected in ((1.0, 0.75), (0.5, 0.9)):     # p^2 / (p^2 + q^2) = 9 / 10
+        agent = lram.Agent(model, dark_card(action={"kind": "continuous", "dims": 2}),
+                           temperature=temperature)
+        assert abs((agent._decode(logits) > 0).mean() - expected) < 0.02
+
+
+def test_what_an_agent_says_is_what_it_learned():
+    """The head's row of an action is the row of its embedding, for a dimension and a bin each."""
+    actions = np.array([[-1.0, 0.999], [0.3, -0.2]])
+    rows = np.arange(lram.MAX_DISCRETE + lram.MAX_DIMS * 256)[lram.head_rows(2)].reshape(2, 256)
+    assert rows[0, 0] == 18
+    bins = lram.action_to_bin(actions)
+    assert (lram.action_rows(actions) == rows[[0, 1], bins]).all()
+    assert (lram.bin_to_action(bins) - actions < 1 / 256 + 1e-9).all()
+
+
+def test_a_loaded_model_drops_nothing():
+    """Dropout is for training: a model read from a checkpoint says the same twice."""
+    config = lram.Config("mlstm", dim=32, layers=2, dropout=0.5, context=4)
+    model = lram.model_from_checkpoint({"model": lram.LRAM(config).state_dict(),
+                                        "model_config": asdict(config)})
+    inputs = torch.randn(1, 4, 2), torch.zeros(1, 4), torch.ones(1, 4), 2
+    assert torch.equal(model(*inputs)[0], model(*inputs)[0])
 
 
 # ------------------------------------------------------------------------------------------ worlds
@@ -3032,7 +3094,7 @@ def write_task(root, lengths, task="darkroom/train", seed=0, **card):
 
 def test_windows_hold_what_the_file_holds(tmp_path):
     """Rewards a step late, returns-to-go suffix sums, both scaled; last action; right padding."""
-    folder = write_task(tmp_path, [30, 4], reward_scale=5.0)
+    folder = write_task(tmp_path, [30, 4], reward_scale=4.0)     # whose sums are exact
     mixture = data.Mixture(tmp_path, ["darkroom/train"])
     with h5py.File(folder / "000000.hdf5") as f:
         rewards, actions = f["rewards"][:], f["actions"][:]
