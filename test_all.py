@@ -2,6 +2,7 @@
 
     python -m pytest -q test_all.py             # the whole suite, nine minutes on two cores
     python -m pytest -q test_all.py -k "mlstm"  # one part
+    python test_all.py --bugs                   # BUGS, at the end: are they seen? ten minutes
 
 The float64 recurrent loops are the truth for all other forms, in value, final state and gradient;
 the loops themselves are checked against sums written out without any stabiliser. Everything
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -4380,6 +4382,116 @@ def test_several_processes_train_as_one(tmp_path):
             assert all(abs(a[key][d] / b[key][d] - 1) < 1e-5 for d in a[key]), (a, b)
 
 
+def write_reaching(root, episodes=12):
+    """A synthetic task with two continuous actions, the best of its trajectories first."""
+    folder, rng, lengths = Path(root) / "dmcontrol" / "reacher-easy", np.random.default_rng(1), {}
+    folder.mkdir(parents=True)
+    for k in range(episodes):
+        lengths[f"{k:06d}"] = T = 9 + k % 4
+        data.write_trajectory(folder / f"{k:06d}.hdf5", rng.normal(size=(T, 2)).astype(np.float32),
+                              rng.uniform(-1, 1, (T, 2)).astype(np.float32),
+                              rng.random(T) * (episodes - k), False)
+    (folder / "task.json").write_text(json.dumps(dark_card(
+        task="dmcontrol/reacher-easy", domain="dmcontrol",
+        action={"kind": "continuous", "dims": 2}, state_mean=[0.1, 0.2], state_std=[1.1, 0.9])))
+    (folder / "episode_lengths.json").write_text(json.dumps(lengths))
+
+
+def test_training_is_this_loop(tmp_path, monkeypatch):
+    """log.jsonl of a run, key by key, against a plain loop on the same batches: initial weights,
+    AdamW, decay, clipping, schedule, dropout, the losses and their means, and validation.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "LEAST_HELD_OUT", 0)          # no expert's episodes are added
+    write_reaching("d")
+    write_images("d", [9, 6, 7, 8] * 3)
+    args = train.Args(
+        tasks=("dmcontrol/reacher-easy", "atari/freeway"), heldout=(), data_root=Path("d"),
+        episodes_per_task=12, episodes=0, steps=7, context=6, image_context=4, batch_size=3,
+        image_batch_size=2, lr=0.01, warmup=3, clip=0.3, weight_decay=0.3, soft_sigma=2.0, bins=64,
+        early_readout=True, standardise=False, dim=32, layers=1, cnn=(2, 2, 2), dropout=0.3,
+        top_fraction=0.5, align=2, seed=3, validate_every=3, name="a/b")
+    train.main(args)
+    rows = [json.loads(line) for line in open("runs/a/b/log.jsonl")]
+
+    torch.manual_seed(3)
+    model = lram.LRAM(lram.Config("mlstm", dim=32, layers=1, context=6, bins=64, cnn=(2, 2, 2),
+                                  dropout=0.3))
+    mixture = data.Mixture("d", args.tasks, top_fraction=0.5, align=2)
+    shapes = {"dmcontrol": (3, 6), "atari": (2, 4)}
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3},
+                                   {"params": vectors, "weight_decay": 0.0}])
+
+    def terms(batch, token, sigma=0.0):
+        """Cross-entropy of every real (step, dimension), read at a token of each step."""
+        x = {key: torch.as_tensor(value) for key, value in batch.items()}
+        continuous = x["action"].dim() == 3
+        logits, _ = model(x["obs"], x["reward"], x["rtg"], 2 * continuous, at=token)
+        log_p, target = logits.log_softmax(-1), x["action"]
+        if continuous:
+            target = ((target + 1) * 32).floor().clamp(0, 63).long()
+        if continuous and sigma:
+            p = torch.exp(-(torch.arange(64) - target[..., None]) ** 2 / (2 * sigma ** 2))
+            loss = -(p / p.sum(-1, keepdim=True) * log_p).sum(-1)
+        else:
+            loss = -log_p.gather(-1, target[..., None])[..., 0]
+        return loss[x["mask"]]
+
+    def perplexity(domain):
+        model.eval()
+        with torch.no_grad():
+            every = torch.cat([terms(batch, -1) for batch in
+                               mixture.validation_batches(domain, *shapes[domain])])
+        model.train()
+        return math.exp(every.mean())
+
+    expected = []
+    for step in range(8):
+        if step in (0, 3, 6, 7):
+            found = {domain: perplexity(domain) for domain in shapes}
+            expected.append(dict(step=step, perplexity=found,
+                                 mean_perplexity=sum(found.values()) / 2))
+        if step == 7:
+            break
+        lr = 0.01 * (step + 1) / 3 if step < 3 else \
+            1e-6 + (0.01 - 1e-6) * (1 + math.cos(math.pi * (step - 3) / 4)) / 2
+        losses = {}
+        for domain, shape in shapes.items():
+            # pictures are learned from at s_t too, the mean of both
+            batch = mixture.sample(domain, *shape, seed=3, step=step)
+            state = torch.get_rng_state()
+            last = terms(batch, -1, 2.0).mean()
+            loss = last
+            if domain == "atari":
+                torch.set_rng_state(state)                  # the same pass, and the same dropout
+                loss = (loss + terms(batch, -2, 2.0).mean()) / 2
+            (loss / 2).backward()
+            losses[domain] = last.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(dict(step=step, loss=losses, lr=lr, norm=norm))
+    assert [row.keys() for row in rows] == [row.keys() for row in expected]
+    for row, truth in zip(rows, expected):
+        for key in truth:
+            assert row[key] == pytest.approx(truth[key], rel=1e-4), (truth["step"], key)
+    # fine-tuning begins where a run ended
+    train.main(replace(args, steps=1, init_from=Path("runs/a/b/checkpoint.pt"), name="c"))
+    first = json.loads(open("runs/c/log.jsonl").readline())
+    assert first["perplexity"] == rows[-1]["perplexity"]
+
+
+@pytest.mark.parametrize("name", ("/tmp/x", "../x", "a/../../x", "."))
+def test_a_run_stays_below_its_folder(name):
+    """Whatever its name."""
+    with pytest.raises(SystemExit, match="below runs/"):
+        train.run_folder(train.Args(name=name))
+
+
 def test_training_learns_what_is_learnable(tmp_path, monkeypatch):
     """Action = sign of the observation: the loss falls to nearly nothing."""
     monkeypatch.chdir(tmp_path)
@@ -4703,6 +4815,219 @@ def test_readme_commands_run(tmp_path):
     assert (tmp_path / "scores.png").read_bytes()[1:4] == b"PNG"
 
 
+# ------------------------------------------------------------ bugs, and the tests that see them
+# Each is a mistake that someone could make: (file, a piece of a line, what it is turned into, the
+# tests (-k) that then fail, what it teaches). The piece occurs once in the file.
+BUGS = (
+    ("mlstm", "q = q * q.shape[-1] ** -0.5", "q = q * q.shape[-1] ** -1", "mlstm_definition",
+     "Products of K terms are scaled by 1 / sqrt(K)."),
+    ("mlstm", "torch.maximum(den.abs(), torch.exp(-m))",
+     "torch.maximum(den.abs(), torch.ones_like(m))", "mlstm_definition",
+     "The floor of 1 under the normaliser is exp(-m) in scaled units."),
+    ("mlstm", "torch.maximum(den.abs(), torch.exp(-m))", "torch.maximum(den, torch.exp(-m))",
+     "mlstm_definition", "q n has either sign; only its size divides."),
+    ("mlstm", "x.masked_fill(~past.tril(-1), 0.0)", "x.masked_fill(~past, 0.0)",
+     "mlstm_forms and 15", "A token is not decayed by its own forget gate."),
+    ("mlstm", "kept[..., None] * n + n_new", "n_new", "mlstm_forms and 15",
+     "The normaliser is kept and decayed exactly as the memory is."),
+    ("mlstm", "(b + m[..., None] - m_t)", "(b - m_t)", "mlstm_forms and 15",
+     "A state that comes in carries its own stabiliser."),
+    ("mlstm", "len(h) + 1 < -(-q.shape[2] // chunk_size)",
+     "len(h) + 1 < q.shape[2] // chunk_size", "without_the_final",
+     "Chunks are counted with the shorter one at the end."),
+    ("mlstm", "torch.promote_types(q.dtype, torch.float32)", "q.dtype", "stays_float32",
+     "What accumulates for a whole episode stays in float32."),
+    ("mlstm", "x[:, j:j + T] * weight[:, 0, j]", "x[:, j:j + T] * weight[:, 0, 3 - j]", "splits",
+     "The convolution's last weight belongs to the newest input."),
+    ("mlstm", "torch.stack([x_c, x_c, x_m])", "torch.stack([x_c, x_c, x_c])", "public_packages",
+     "Values are taken before the convolution, queries and keys after it."),
+    ("mlstm", "self.skip * x_c", "self.skip * x_m", "public_packages",
+     "The learnable skip goes round the cell, not round the convolution."),
+    ("mlstm", "* F.silu(z)", "* torch.sigmoid(z)", "public_packages",
+     "The output gate of the block is a SiLU."),
+    ("mlstm", "h * (1 + self.head_norm)", "h * self.head_norm", "public_packages",
+     "The norm's weight is stored as its distance from 1: else the cell is silent at first."),
+    ("mlstm", "std=2 / num_blocks / math.sqrt(dim)", "std=2 / math.sqrt(dim)", "initialisation",
+     "What writes to the residual stream is scaled by the number of writers."),
+    ("mlstm", "torch.linspace(3.0, 6.0, num_heads)", "torch.linspace(-3.0, 6.0, num_heads)",
+     "initialisation",
+     "Forget gates start nearly open, or nothing is remembered long enough to learn from."),
+
+    ("slstm", "torch.full_like(zeros, -torch.inf)\n", "zeros\n", "slstm_fresh",
+     "An empty memory has the stabiliser -inf: from 0, small input gates underflow to 0 / 0."),
+    ("slstm", "log_f = F.logsigmoid(f) + m", "log_f = f + m", "slstm_hand and 15",
+     "The forget gate is a sigmoid here, not an exponential."),
+    ("slstm", "n = torch.addcmul(write, forget, n)",
+     "n = torch.addcmul(write, forget, n).clamp(max=1)", "slstm_hand and 15",
+     "The normaliser counts what was written; it may grow."),
+    ("slstm", "keep = cs[t] * dc + ns[t] * dn", "keep = cs[t + 1] * dc + ns[t + 1] * dn",
+     "slstm_hand and 15", "A forget gate's gradient holds what was there before the step."),
+    ("slstm", "dy = d_raw[t] @ W_t", "dy = torch.zeros_like(dy)", "slstm_hand and 15",
+     "Through R the loss at t reaches every step before: backpropagation through time."),
+    ("slstm", "torch.stack([x_c, x_c, x1, x1])", "torch.stack([x_c, x_c, x_c, x_c])",
+     "public_packages", "Only the input and forget gates see the convolution."),
+    ("slstm", "F.layer_norm(y, y.shape[-1:], eps=1e-5).reshape(B, T, D)",
+     "F.layer_norm(y.reshape(B, T, D), (D,), eps=1e-5)", "public_packages",
+     "Every head is normalised by itself."),
+    ("slstm", "F.gelu(g) * w", "g * w", "public_packages", "The MLP is gated through a GELU."),
+    ("slstm", "5.0 - 12.0 * unit", "5.0 - 12.0 * (1 - unit)", "initialisation",
+     "Forget biases fall over a head's units."),
+
+    ("mamba", "hs = b + a * h[:, None]", "hs = b + h[:, None]", "mamba_scans and 150",
+     "A chunk's state decays on its way through the next chunk."),
+    ("mamba", "a[:, shift:] * b[:, :-shift]", "a[:, :-shift] * b[:, :-shift]",
+     "mamba_scans and 15",
+     "The later of two steps decays the earlier one, not the other way round."),
+    ("mamba", "dx * dt + dy * D", "dx * dt", "mamba_scans and 15",
+     "The skip has a gradient too."),
+    ("mamba", "dh = dh * decays[t]", "dh = dh * decays[t - 1]", "mamba_scans and 15",
+     "The gradient goes back through the decay of its own step."),
+    ("mamba", "wide = torch.promote_types(dtype, torch.float32)", "wide = dtype", "stays_float32",
+     "What accumulates for a whole episode stays in float32."),
+    ("mamba", "d, B, C = self.select(u)", "d, C, B = self.select(u)", "public_packages",
+     "B writes and C reads; the scan is not symmetric in them."),
+    ("mamba", "F.softplus(self.dt(d).to(h.dtype))", "torch.exp(self.dt(d).to(h.dtype))",
+     "public_packages", "A step size is a softplus, which grows no faster than its input."),
+    ("mamba", "self.down(y * F.silu(z))", "self.down(y * z)", "public_packages",
+     "The gate of the block is a SiLU."),
+    ("mamba", "self.down.weight /= math.sqrt(num_blocks)", "self.down.weight /= 1",
+     "initialisation", "What writes to the residual stream is scaled by the number of writers."),
+
+    ("gpt", "is_causal=True", "is_causal=False", "attention_forms and 15",
+     "A token must not see those that come after it."),
+    ("gpt", "slots >= used[:, None, None]", "slots > used[:, None, None]",
+     "attention_forms and 15",
+     "The slot behind the newest token is empty: attention to it dilutes the rest."),
+    ("gpt", "slots <= (used[:, None] + new)", "slots < (used[:, None] + new)",
+     "attention_forms and 15", "A token sees itself."),
+    ("gpt", "position = used[:, None] + torch", "position = 0 * used[:, None] + torch", "splits",
+     "Positions are counted from the beginning of the sequence, not of the call."),
+    ("gpt", "self.mlp_up(self.mlp_norm(x))", "self.mlp_up(x)", "public_packages",
+     "Each half of the block reads a normalised stream."),
+    ("gpt", "math.sqrt(2 * num_blocks) if writes else 1", "1", "initialisation",
+     "GPT-2 scales what writes to the residual stream by the number of writers."),
+
+    ("kernels", "axis=1, keep_dims=True) + D_e * us[i]", "axis=1, keep_dims=True)",
+     "test_mamba_kernel and 15", "The skip is part of the output."),
+    ("kernels", "dn = tl.load(dS_at + 2 * size, mask=mask) - dy_n * o * c / n",
+     "dn = tl.load(dS_at + 2 * size, mask=mask) - dy_n * o * c", "test_slstm_kernel and 3-16",
+     "The quotient rule divides by n twice."),
+    ("kernels", "tl.where(tl.abs(den_t) > floor, tl.where(den_t > 0, -dh_h, dh_h) / N, 0.0)",
+     "tl.where(den_t > 0, -dh_h, dh_h) / N", "without_a_state and 3-None",
+     "Where the floor of the normaliser divides, the normaliser has no gradient."),
+    ("kernels", "n *= tl.exp((M_start - M_end).to(tl.float32))", "n *= 1.0",
+     "test_mlstm_kernel and 65-16-48-64",
+     "From chunk to chunk the normaliser decays as the memory does."),
+
+    ("lram", "torch.where(done.view(-1, *[1] * (old.dim() - 1)),\n",
+     "torch.where(~done.view(-1, *[1] * (old.dim() - 1)),\n", "reset_restarts",
+     "`done` marks the rows that begin anew."),
+    ("lram", "slice(MAX_DISCRETE, MAX_DISCRETE + action_dims * bins)",
+     "slice(0, action_dims * bins)", "agent_says",
+     "Discrete and continuous actions have rows of the head of their own."),
+    ("lram", "np.float32(target / self.scale)", "np.float32(target)",
+     "acting_is_training and mlstm-tokens0",
+     "The target is divided by the scale of the returns-to-go that training shows."),
+    ("lram", "self.rtg = np.where(done, self.target, self.rtg)",
+     "self.rtg = np.where(done, 0, self.rtg)", "acting_is_training and mlstm-tokens0",
+     "An episode begins with the return that is asked for."),
+    ("lram", "self.as_seen(np.where(done, 0.0, reward))", "self.as_seen(reward)",
+     "rows_of_an_agent", "The reward that ended an episode is not the next one's."),
+    ("lram", "self.model, self.card, self.config = model.eval()",
+     "self.model, self.card, self.config = model", "acting_is_training and mlstm-tokens0",
+     "Nothing is dropped while acting."),
+    ("lram", "return model.to(device).eval()", "return model.to(device)", "loaded_model",
+     "A model begins in training mode: whoever loads it to act must say so."),
+    ("lram", "(logits / self.temperature)", "(logits * self.temperature)", "decoding",
+     "A low temperature sharpens the distribution."),
+    ("lram", 'logits = logits[:, :self.card["action"]["n"]]', "pass", "decoding",
+     "A task takes fewer actions than the head has."),
+    ("lram", "(index + 0.5) * (2 / bins) - 1", "index * (2 / bins) - 1", "actions_and_bins",
+     "A bin is decoded at its centre, or every action is biased to the left."),
+    ("lram", '{"params": rest, "weight_decay": 0.0}',
+     '{"params": rest, "weight_decay": weight_decay}', "weight_decay",
+     "Biases, norms and recurrent weights are not decayed."),
+    ("lram", 'leaf not in ("bias", "R", "A_log")', 'leaf not in ("bias", "A_log")',
+     "weight_decay", "Decay of the recurrent weights would shorten the memory."),
+    ("lram", "log_p = logits[mask].log_softmax(-1)",
+     "log_p = logits.flatten(0, mask.dim() - 1)[:int(mask.sum())].log_softmax(-1)",
+     "loss_against_torch", "Padding counts for nothing."),
+    ("lram", "self.encode_action(last_action.clamp(min=0)) * known",
+     "self.encode_action(last_action.clamp(min=0))", "papers_stream",
+     "No action before the first is not action 0."),
+    ("lram", "x = x / 255 if image.dtype == torch.uint8 else x", "x = x / 255", "impala",
+     "Standardised images are already of unit size."),
+    ("lram",
+     "for module in (self.encode_state, self.encode_reward, self.encode_rtg, self.token_norm)",
+     "for module in (self.encode_state, self.encode_reward, self.encode_rtg)", "first_gradient",
+     "A token that is exactly zero makes the first gradient of a deep gated model infinite."),
+    ("lram", "(step - C // 2) % C)])", "(step - C // 2) % C - 1)])", "window_and_stagger",
+     "The second state restarts half a window after the first."),
+    ("lram", "os.replace(temporary, path)", "shutil.copy(temporary, path)", "full_disk",
+     "A file that is replaced in one step is never seen half written."),
+    ("lram", "weights_only=True)", "weights_only=False)", "checkpoints_are_refused",
+     "A checkpoint is data: reading it must run nothing."),
+    ("lram", "collected = torch.cat([rewards[:, 1:], final], dim=1)", "collected = rewards",
+     "learning_in_context and mlstm",
+     "The reward of a step is seen one step later: returns-to-go count from its own."),
+)
+
+def test_bugs_are_planted_where_they_belong():
+    """Every line that one changes is there, once."""
+    found = {line: (REPOSITORY / f"{file}.py").read_text().count(line) for file, line, *_ in BUGS}
+    assert not {line: count for line, count in found.items() if count != 1}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="planted once")
+@pytest.mark.parametrize("number", (2, 12, 24, 36, 48))
+def test_a_sample_is_caught(number, tmp_path):
+    """All of them: python test_all.py --bugs."""
+    assert outcome(BUGS[number], BUGS[number][3], tmp_path / "copy") == "caught"
+
+
+def outcome(bug, tests, folder, interpreted=False):
+    """What tests (-k) say of a copy of the project in `folder` with this bug, or None: "caught",
+    "survived", "hangs", or what kept them from an answer.
+    """
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".*", "runs", "datasets"))
+    if bug:
+        path = folder / f"{bug[0]}.py"
+        path.write_text(path.read_text().replace(bug[1], bug[2]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_all.py",
+             "-k", tests], cwd=folder, capture_output=True, text=True, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": "1",
+                 "TRITON_INTERPRET": "1" if interpreted or bug and bug[0] == "kernels" else "0"})
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    finally:
+        shutil.rmtree(folder)
+    ran = re.search(r"\d+ (passed|failed)", done.stdout)
+    return {0: "survived", 1: "caught"}.get(done.returncode if ran else None, done.stdout[-2000:])
+
+
+def plant_all():
+    """Every bug in a copy of its own, two at a time, and their tests in a copy without any."""
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+    plain, interpreted = ({bug[3] for bug in BUGS if (bug[0] == "kernels") == kind}
+                          for kind in (False, True))
+    cases = [(None, " or ".join(f"({x})" for x in sorted(some)), some is interpreted)
+             for some in (plain, interpreted)] + [(bug, bug[3], False) for bug in BUGS]
+    wrong, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda k: outcome(*cases[k][:2], Path(root) / str(k), cases[k][2]),
+                         range(len(cases)))
+        for (bug, tests, _), result in zip(cases, found):
+            file, line, *_, lesson = bug or ("none", "the same tests without a bug", "", "", "")
+            print(f"{result[-300:]:<10}{file:<9}{line.strip()[:60]:<62}{lesson}", flush=True)
+            wrong += [line] if result != ("caught" if bug else "survived") else []
+    print(f"{len(BUGS)} bugs, {len(wrong)} not caught (or tests that fail without), "
+          f"{(time.perf_counter() - started) / 60:.0f} minutes")
+    raise SystemExit(bool(wrong))
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--golden"]:
         for backbone in GOLDEN_UNITS:
@@ -4710,5 +5035,7 @@ if __name__ == "__main__":
                                 for name, value in golden_of_package(backbone).items())
             lines = re.findall(r"(.{,85},)(?: |$)", numbers + ",")
             print("\n        ".join([f'    "{backbone}": {{', *lines]) + "\n    },")
+    elif sys.argv[1:] == ["--bugs"]:
+        plant_all()
     else:
-        raise SystemExit(f"test_all.py {shlex.join(sys.argv[1:])}: give --golden, or run pytest")
+        raise SystemExit("give --bugs or --golden; the tests: python -m pytest -q test_all.py")
