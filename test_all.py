@@ -4387,7 +4387,7 @@ def write_reaching(root, episodes=12):
     folder, rng, lengths = Path(root) / "dmcontrol" / "reacher-easy", np.random.default_rng(1), {}
     folder.mkdir(parents=True)
     for k in range(episodes):
-        lengths[f"{k:06d}"] = T = 9 + k % 4
+        lengths[f"{k:06d}"] = T = 21 + k % 4
         data.write_trajectory(folder / f"{k:06d}.hdf5", rng.normal(size=(T, 2)).astype(np.float32),
                               rng.uniform(-1, 1, (T, 2)).astype(np.float32),
                               rng.random(T) * (episodes - k), False)
@@ -4404,7 +4404,7 @@ def test_training_is_this_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "LEAST_HELD_OUT", 0)          # no expert's episodes are added
     write_reaching("d")
-    write_images("d", [9, 6, 7, 8] * 3)
+    write_images("d", [9] * 12)
     args = train.Args(
         tasks=("dmcontrol/reacher-easy", "atari/freeway"), heldout=(), data_root=Path("d"),
         episodes_per_task=12, episodes=0, steps=7, context=6, image_context=4, batch_size=3,
@@ -4928,8 +4928,8 @@ BUGS = (
     ("lram", "np.float32(target / self.scale)", "np.float32(target)",
      "acting_is_training and mlstm-tokens0",
      "The target is divided by the scale of the returns-to-go that training shows."),
-    ("lram", "self.rtg = np.where(done, self.target, self.rtg)",
-     "self.rtg = np.where(done, 0, self.rtg)", "acting_is_training and mlstm-tokens0",
+    ("lram", "np.where(begun, self.target, self.rtg)", "np.where(begun, 0, self.rtg)",
+     "acting_is_training and mlstm-tokens0",
      "An episode begins with the return that is asked for."),
     ("lram", "self.as_seen(np.where(done, 0.0, reward))", "self.as_seen(reward)",
      "rows_of_an_agent", "The reward that ended an episode is not the next one's."),
@@ -4971,6 +4971,64 @@ BUGS = (
      "learning_in_context and mlstm",
      "The reward of a step is seen one step later: returns-to-go count from its own."),
 
+    ("eval", "EVALUATION_SEED = 1_000_000", "EVALUATION_SEED = 0", "seeds_and_goals",
+     "What is scored must not have been trained on: other seeds."),
+    ("eval", '"heldout": cells[80:]', '"heldout": cells[60:80]', "seeds_and_goals",
+     "Held-out goals are none of the trained ones."),
+    ("eval", "[seed + k for k in range(episodes)], num_envs",
+     "[seed for k in range(episodes)], num_envs", "a_score_plays",
+     "Twenty episodes of one seed are one episode."),
+    ("eval", 'partial(make_env, task, limit=card.get("limit")),', "partial(make_env, task),",
+     "a_score_plays", "A score is of episodes as long as those of its reference."),
+    ("eval", "METAWORLD_STEPS = 200", "METAWORLD_STEPS = 500", "episodes_end_in_time",
+     "The paper's limit, not the simulator's: more time makes the task easier."),
+    ("eval", 'executed = info.get("executed", action)', "executed = action",
+     "noise_is_executed or was_executed",
+     "Where actions are disturbed, what was executed is recorded beside what was meant."),
+    ("eval", "np.float64) - random) / (reference - random)", "np.float64) - random) / reference",
+     "test_scores", "A score is 1 where the reference is reached."),
+    ("eval", "row = rng.integers(len(self.returns), size=(times, len(self.returns)))",
+     "row = np.tile(np.arange(len(self.returns)), (times, 1))", "intervals_redraw",
+     "An interval that redraws nothing has no width."),
+
+    ("data", 'temporary = Path(f"{path}.{os.getpid()}.tmp")', "temporary = Path(path)",
+     "what_stood_there", "A file is written under another name until it is whole."),
+    ("data", " or found.is_virtual or found.external", "", "no_file_shows_another",
+     "A data set can show the content of any other file of its user."),
+    ("data", "0 < states.shape[1] <= 204", "0 < states.shape[1]", "malformed_files and wide",
+     "What is wider than the encoder is refused, not cut."),
+    ("data", "np.clip(episode.rewards, -1, 1) if clip else", "episode.rewards if clip else",
+     "made_games", "The paper clips Atari's rewards, in the data and while acting."),
+    ("data", "np.diff(episode.lives) < 0) + 2", "np.diff(episode.lives) < 0) + 1", "lost_lives",
+     "The step that loses a life belongs to that life."),
+    ("data", "rewards[:, ::-1].cumsum(1)[:, ::-1]", "rewards.sum(1, keepdims=True) + 0 * rewards",
+     "histories_are", "A return-to-go falls as rewards are collected."),
+    ("data", "np.random.default_rng([seed, step, number]), []",
+     "np.random.default_rng([step, number]), []", "windows_show",
+     "Seeds must reach the draw of the windows, or all runs see the same ones."),
+    ("data", "np.random.default_rng([seed, step, number]), []",
+     "np.random.default_rng([seed, step]), []", "windows_show",
+     "Domains that draw the same numbers see the same parts of their data."),
+    ("data", "int(rng.integers(1, row[2] + context)) - context",
+     "int(rng.integers(max(1, row[2] - context + 1)))", "windows_show",
+     "Windows that must be whole seldom show how an episode begins, where acting always does."),
+    ("data", "known[0] = start > 0", "known[0] = True", "windows_hold",
+     "Before the first step there was no action."),
+    ("data", '"reward": shifted(t.rewards) / scale', '"reward": t.rewards[a:b] / scale',
+     "windows_hold",
+     "The reward of a step is known after it: shown with its state, it would betray the action."),
+    ("data", '"previous": shifted(t.executed)', '"previous": shifted(t.actions)', "was_executed",
+     "What the world received is what an agent remembers; the label is what it should have done."),
+    ("data", "int(k - (ends[r - 1] if r else 0)) * context", "int(k - (ends[r - 1] if r else 0))",
+     "validation_shows",
+     "Validation windows follow one another; overlapping ones weigh the beginning."),
+    ("data", '~held & ~np.isin(names, np.array(card.get("repeated", []), names.dtype))', "~held",
+     "no_trajectory_is", "A copy of a held-out trajectory is a held-out trajectory."),
+    ("data", "np.where(std < 1e-4, 1, std.clip(min=0.01))", "std", "standardised_states",
+     "A coordinate that rests would be divided by nothing."),
+    ("data", 'rows["length"] / rows["length"].sum()', "np.ones(len(rows)) / len(rows)",
+     "windows_show", "Every step counts the same, so long trajectories are drawn more often."),
+
     ("train", 'group["lr"] = learning_rate(step, args)', 'group["lr"] = args.lr', "this_loop",
      "A schedule that is logged must also reach the optimizer."),
     ("train", "learning_rate(step, args)\n        losses",
@@ -5011,6 +5069,9 @@ BUGS = (
      "A run that is resumed needs Adam's moments too."),
     ("train", 'torch.set_rng_state(saved["rng"][rank])', "pass", "resume_is_exact and gpt",
      "Dropout goes on where it was, or a resumed run is another run."),
+
+    ("bench", "backbone -= model.backbone.blocks[0].embedding.weight.numel()", "pass",
+     "knows_the_bytes", "Bytes that a step reads are not bytes that the model has."),
 )
 
 
@@ -5066,7 +5127,7 @@ def plant_all(files):
             file, line, *_, lesson = bug or ("none", "the same tests without a bug", "", "", "")
             expected = "caught" if bug else "survived"
             print(f"{'passed' if not bug and result == expected else result:<10}{file:<9}"
-                  f"{line.strip()[:60]:<62}{lesson}", flush=True)
+                  f"{line.splitlines()[0][:60]:<62}{lesson}", flush=True)
             wrong += [line] if result != expected else []
     print(f"{len(bugs)} bugs, {len(wrong)} not caught (or tests that fail without any), "
           f"{(time.perf_counter() - started) / 60:.0f} minutes")
