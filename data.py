@@ -1086,6 +1086,15 @@ def new_hdf5(path):
             raise kept.error
 
 
+@contextlib.contextmanager
+def disk_errors_end():
+    """A full disk, or one that must not be written to, ends the program with the message alone."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(str(error)) from None
+
+
 def write_json(path, content):
     """Atomically."""
     with replacing(path) as file:
@@ -1185,13 +1194,15 @@ def default_heldout(tasks):
     return ("darkroom/heldout",) if {"darkroom/train", "darkroom/histories"} & set(tasks) else ()
 
 
+@disk_errors_end()
 def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
          timeout=600.0):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
 
     tasks, heldout: names of tasks or domains (eval.expand_tasks); of `heldout` only the card is
     made, which scoring needs. episodes: per task (default: each recipe's own). A kill at any moment
-    loses at most the episodes being played: the next call continues. Tasks whose simulator is
+    loses at most the episodes being played: the next call continues, and what was there before
+    can be trained on until more is complete. Tasks whose simulator is
     missing are named and left out, and so are those of which a simulator crashed, or hung for
     `timeout` seconds.
     """
@@ -1229,14 +1240,16 @@ def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, proces
             measured[task] |= told[task]
     for task, count in failed.items():
         print(f"{task} is incomplete: {count} of its {len(plans[task])} jobs failed; what was made "
-              "is kept, the same command tries the rest again", file=sys.stderr)
+              "is kept, the same command tries the rest again"
+              + ("; until then the data are those of before"
+                 if (root / task / "task.json").exists() else ""), file=sys.stderr)
     for task in sorted(plans, key=lambda task: task not in tasks):      # cards without data last
         if task in tasks and task not in failed and not has_data(root / task):
             print(f"{task} left out: its expert solved none of its episodes", file=sys.stderr)
             failed[task] = 0
         if task not in failed:
             _finish_task(task, root / task, measured[task])
-    return [task for task in present if task not in failed]
+    return [t for t in present if t not in failed or (root / t / "task.json").exists()]
 
 
 def _run(jobs, processes, timeout):
@@ -1250,7 +1263,7 @@ def _run(jobs, processes, timeout):
                 tqdm(total=total, desc="make data", unit="step", unit_scale=True) as bar:
             for (function, task, args), result in running:
                 if isinstance(result, OSError):
-                    raise SystemExit(str(result))                       # a full disk
+                    raise result                                        # a full disk
                 if isinstance(result, Exception):
                     failed[task] = failed.get(task, 0) + 1
                     bar.write(f"{task}, {_seeds_of(function, args)}: failed: {result}", sys.stderr)
@@ -1279,9 +1292,9 @@ def _plan(task, folder, episodes, with_data):
     wanted = (episodes or recipe.episodes) if with_data else 0
     files = {path.stem for end in ("*.hdf5", "*.failed") for path in folder.glob(end)}
     packed = {x.decode() for x in Pack(folder / PACK).names} if (folder / PACK).exists() else set()
-    seeds = [s for s in seeds_of(wanted) if f"{s:06d}" not in files | packed]
-    if not seeds and (folder / "task.json").exists():
-        (folder / UNFINISHED).unlink(missing_ok=True)   # killed just before it did so itself
+    there = files | packed
+    seeds = [s for s in seeds_of(wanted) if f"{s:06d}" not in there]
+    if not seeds and (folder / "task.json").exists() and not (folder / UNFINISHED).exists():
         return []
     if packed - files:
         raise SystemExit(f"{folder / PACK} holds {len(packed - files)} trajectories that are no "
@@ -1291,10 +1304,9 @@ def _plan(task, folder, episodes, with_data):
     space, image = env.action_space, env.observation_space.dtype == np.uint8
     env.close()
     folder.mkdir(parents=True, exist_ok=True)
-    # the mark before the card goes: without either, the files would pass for a download
+    # without it or a card the files would pass for a download; beside a card and an index it says
+    # that files which they do not know yet are no fault
     write_json(folder / UNFINISHED, {})
-    (folder / PACK).unlink(missing_ok=True)             # it lacks what is made now
-    (folder / "task.json").unlink(missing_ok=True)      # until all is there, the task is not
     jobs = lambda seeds: [seeds[i:i + recipe.chunk] for i in range(0, len(seeds), recipe.chunk)]
     work = recipe.write or _make_episodes
     plan = [(work, (str(folder), few)) for few in jobs(seeds)]
@@ -1342,7 +1354,7 @@ def _finish_task(task, folder, measured):
         f"{recipe.expert.__name__}; labels clean, execution noise up to {recipe.sigma}",
         "versions": {
             p: importlib.metadata.version(p)
-            for p in {"gymnasium", "numpy", domain.install.partition("==")[0]}
+            for p in sorted({"gymnasium", "numpy", domain.install.partition("==")[0]})
         },
     }
     if recipe.write:            # histories carry true returns-to-go, whatever their domain does
@@ -2110,6 +2122,7 @@ def map_actions(actions, args):
     return actions.astype(np.float32)
 
 
+@disk_errors_end()
 def convert(args):
     """Public data of another format -> <root>/<domain>/<task>/, see Convert; returns the number of
     episodes. A kill at any moment loses one episode: the same command continues.
@@ -2663,6 +2676,7 @@ def _card_of_download(folder, domain):
         return None
 
 
+@disk_errors_end()
 def pack(path, on_bad="refuse"):
     """Pack every task below path; a task that is packed already is left alone."""
     from tqdm import tqdm
@@ -2680,8 +2694,6 @@ def pack(path, on_bad="refuse"):
         except BadTrajectory as error:
             raise SystemExit(f"malformed data: {error}\nrepair or delete it, or leave it out: "
                              "--on-bad skip. What was packed before it stays.") from None
-        except OSError as error:                        # a full disk
-            raise SystemExit(str(error)) from None
         tqdm.write(f"{folder / PACK}: {count} trajectories, {size / 1e6:.1f} MB")
 
 

@@ -2847,19 +2847,49 @@ def test_a_failed_job_leaves_its_task_incomplete(tmp_path, monkeypatch, capsys):
     def disturbed(jobs, processes, start, timeout):
         do = start()
         for job in jobs:
-            broken = job[1] == "darkroom/train" and job[2][-1] == [10]
+            broken = job[1] == "darkroom/train" and 10 in job[2][-1]
             yield job, RuntimeError("it broke") if broken else do(job, lambda steps: None)
     with monkeypatch.context() as patch:
         patch.setattr(data, "run_jobs", disturbed)
         assert data.make(["darkroom/train", "darkroom/heldout"], tmp_path, episodes=11) == \
             ["darkroom/heldout"]
     told = capsys.readouterr().err
-    assert "darkroom/train, episodes, seeds 10 to 10: failed: it broke" in told
+    assert "darkroom/train, episodes, seeds 10 to 71: failed: it broke" in told
     assert "darkroom/train is incomplete" in told
     assert not (tmp_path / "darkroom/train/task.json").exists()
     assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == 10
     assert data.make(["darkroom"], tmp_path, episodes=11, processes=1) == ["darkroom/train"]
-    assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == 11
+    assert len(list((tmp_path / "darkroom/train").glob("*.hdf5"))) == len(data.seeds_of(11)) == 16
+
+
+def test_asking_for_more_takes_nothing_away(tmp_path, monkeypatch, capsys):
+    """A simulator that breaks at one seed, always: what was there is trained on as before, with its
+    card and its pack; asking for what can be made completes it.
+    """
+    def disturbed(jobs, processes, start, timeout=0, method=None):
+        do = start()
+        for job in jobs:
+            broken = job[0] is data._make_episodes and 7 in job[2][-1]
+            yield job, RuntimeError("it broke") if broken else do(job, lambda steps: None)
+    monkeypatch.setattr(data, "run_jobs", disturbed)
+    monkeypatch.setitem(data.RECIPES, "darkroom", replace(data.RECIPES["darkroom"], chunk=1))
+    make, folder = partial(data.make, ["darkroom/train"], tmp_path), tmp_path / "darkroom/train"
+    assert make(episodes=4) == ["darkroom/train"]
+    data.pack(tmp_path)
+    names = data.episodes_in(folder)
+    read = lambda: data.Mixture(tmp_path, ["darkroom/train"]).fingerprint
+    before, kept = read(), {path: path.read_bytes() for path in folder.iterdir()}
+    for _ in range(2):
+        assert make(episodes=12) == ["darkroom/train"]
+        assert "it broke" in capsys.readouterr().err and read() == before
+        assert all(path.read_bytes() == content for path, content in kept.items())
+    assert len(data.episodes_in(folder)) > len(names) + 6
+    monkeypatch.setattr(data, "seeds_of", lambda n: range(7))
+    assert make(episodes=7) == ["darkroom/train"] and data.check(folder) == 1      # the pack is old
+    data.pack(tmp_path)
+    assert data.check(folder) == 0
+    with open(folder / "task.json") as f:
+        assert list(json.load(f)["versions"]) == ["gymnasium", "numpy"]
 
 
 def test_a_task_that_its_expert_never_solves_is_left_out(tmp_path, monkeypatch, capsys):
@@ -4114,27 +4144,21 @@ def test_generation_resumes_and_repeats(tmp_path, monkeypatch):
 
 
 def test_making_may_be_killed_anywhere(tmp_path, monkeypatch):
-    """Before the first and after the last file: never taken for a download, nor for unfinished; a
+    """Before the first and after the last file: never taken for a download, nor for finished; a
     task that does not exist leaves no folder.
     """
     make = partial(data.make, ["darkroom/train"], tmp_path, processes=1)
-    make(episodes=2)
-    folder, unlink = tmp_path / "darkroom/train", Path.unlink
-
-    def killed(path, missing_ok=False, victim="task.json"):
-        unlink(path, missing_ok)
-        if path.name == victim:
-            raise KeyboardInterrupt
+    folder = tmp_path / "darkroom/train"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", killed)
+        patch.setattr(data, "_run", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            make(episodes=3)
+            make(episodes=2)
     assert not (folder / "task.json").exists() and not data.is_public(folder)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            data.write_card(folder, data.statistics(folder), data.load_json(
-                folder / data.UNFINISHED) | dark_card())
+            make(episodes=2)
+    assert (folder / data.UNFINISHED).exists()
     make(episodes=2)
     assert data.check(tmp_path) == 0
     with pytest.raises(SystemExit, match="split is 'none'"):
