@@ -1701,10 +1701,12 @@ def find_folder(root, task):
     root, (domain, _, name) = Path(root), task.partition("/")
     if domain == "gym":         # these names have one spelling, and CartPole-v0 is not CartPole-v1
         return root / task
-    candidates = [root / task]
+    candidates, names = [root / task], {plain(name)}
+    if domain == "mimicgen":    # the public folders of its Panda name no robot: stack_d0
+        names.add(plain(name.removeprefix("Panda_")))
     for parent in (root / domain, root):
         if parent.is_dir():
-            candidates += sorted(p for p in parent.iterdir() if plain(p.name) == plain(name))
+            candidates += sorted(p for p in parent.iterdir() if plain(p.name) in names)
     return next((folder for folder in candidates if has_data(folder)), root / task)
 
 
@@ -2214,7 +2216,9 @@ def _finish_conversion(args, folder):
     if stats["lengths"].keys() != set(episodes_in(folder)):
         raise SystemExit(f"{args.source}: its episodes have states of different shapes; see: "
                          f"python data.py check {folder}")
-    extra, how, reason = {}, "its smallest return stands for random", cannot_play(args.task, stats)
+    source = load_json(folder / UNFINISHED)["source"]
+    extra, how = {}, "its smallest return stands for random"
+    reason = cannot_play(args.task, stats | {"source": source})
     if reason:
         print(f"{args.task} can be trained on, but not scored: {reason}", file=sys.stderr)
     else:
@@ -2224,7 +2228,6 @@ def _finish_conversion(args, folder):
             whole=True).values()]
         extra["random_score"] = float(np.mean(extra["random_returns"]))
         how = f"random measured over {n} episodes"
-    source = load_json(folder / UNFINISHED)["source"]
     card = task_card(args.task, stats, **extra, source=source,
                      made_by=f"converted from {args.format}: {args.source.name}; the data's mean "
                              f"return stands for the reference, {how}")
@@ -2704,10 +2707,7 @@ def describe(folder, task, sample=SAMPLE):
     """
     row = {"task": task, "bad": 0, "actions": [], "differ": [], "lengths": [], "returns": []}
     for _, t in trajectories(folder, sample):
-        try:
-            if isinstance(t, BadTrajectory):
-                raise t
-        except BadTrajectory:
+        if isinstance(t, BadTrajectory):
             row["bad"] += 1
             continue
         a = t.actions
@@ -2860,7 +2860,8 @@ def main(args):
         present = make(args.tasks, args.root, heldout, args.episodes, args.processes, args.timeout)
         info(args.root)
         # what was left out or failed was named
-        if set(expand_tasks(args.tasks, root=args.root)) - set(present):
+        tasks = expand_tasks(args.tasks, root=args.root)
+        if set(tasks) - set(present) or any((args.root / t / UNFINISHED).exists() for t in tasks):
             sys.exit(1)
     elif isinstance(args, PackTasks):
         pack(args.path, args.on_bad)

@@ -1137,8 +1137,13 @@ def cannot_play(task, card):
     missing = unavailable(task)
     if missing:
         return missing
-    if "made_by" in card and "source" not in card:      # made in this very world
+    source = card.get("source")
+    if "made_by" in card and not source:                # made in this very world
         return None
+    # robomimic's own demonstrations are of robosuite's own tasks
+    if task.split("/")[0] in ("composuite", "mimicgen") and (
+            not isinstance(source, dict) or source.get("format") != "robomimic"):
+        return "its data are of the original simulator, and the world here is rebuilt"
     world = world_spec(task)
     if world is None:
         return "eval.py does not have this task"

@@ -3731,6 +3731,7 @@ def download(root, names, lengths, seed=0):
     ("metaworld/reach-v3", ("reach-v2", "metaworld/reach_v2", "reach-v3", "Reach",
                             "metaworld/reach-v3")),
     ("atari/ms_pacman", ("ms-pacman", "MsPacmanNoFrameskip-v4", "atari/MsPacman")),
+    ("mimicgen/Panda_Stack_D0", ("stack_d0", "mimicgen/Stack-D0", "mimicgen/Panda_Stack_D0")),
     ("dmcontrol/finger-turn_easy", ("finger_turn_easy", "dmcontrol/finger-turn-easy"))))
 def test_downloads_are_found(task, folders, tmp_path):
     """Under the spellings of their names, with a domain's folder above them or without."""
@@ -3909,6 +3910,21 @@ def test_data_of_another_world_are_not_scored():
     assert "does not have" in worlds.cannot_play("darkroom/third", card)
 
 
+def test_public_data_of_rebuilt_worlds_are_not_scored(monkeypatch):
+    """Whatever their shapes: CompoSuite's and MimicGen's simulators are others than ours."""
+    monkeypatch.setattr(worlds, "unavailable", lambda task: None)
+    spec = {"observation": {"kind": "vector", "shape": [93]},
+            "action": {"kind": "continuous", "dims": 8}}
+    monkeypatch.setattr(worlds, "world_spec", lambda task: spec)
+    for source, rebuilt in (("downloaded", True), ({"format": "composuite"}, True),
+                            ({"format": "robomimic"}, False)):
+        card = {**spec, "source": source, "made_by": "others"}
+        for task in ("composuite/IIWA_Box_None_Push", "mimicgen/Panda_Lift_D0"):
+            assert ("rebuilt" in (worlds.cannot_play(task, card) or "")) == rebuilt
+        assert worlds.cannot_play("metaworld/reach-v3", card) is None
+    assert worlds.cannot_play("composuite/IIWA_Box_None_Push", {**spec, "made_by": "us"}) is None
+
+
 def test_conversion_over_something_begun(tmp_path, monkeypatch):
     """Of a folder that `make` has begun without data; continued with another spelling of the same
     source, refused with another source.
@@ -4042,6 +4058,39 @@ def test_demonstrations_end_where_their_world_ends(tmp_path, monkeypatch):
     assert read == [(7, 7, [0] * 6 + [1], True), (4, 4, [0] * 3 + [1], True)]
     other = replace(args, task="robots/lift")
     assert [len(r) for *_, r, _ in data.read_robomimic(other, ())] == [10, 10]
+
+
+def test_sources_that_need_another_step_say_which(tmp_path):
+    """Demonstrations without observations, and Minari's other format."""
+    with h5py.File(tmp_path / "demo.hdf5", "w") as f:
+        f["data/demo_1/actions"] = np.zeros((5, 7))
+    args = data.Convert("robomimic", tmp_path / "demo.hdf5", "robots/x", tmp_path / "d")
+    with pytest.raises(SystemExit, match="robomimic's dataset_states_to_obs.py"):
+        data.convert(args)
+    (tmp_path / "set/data").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="its arrow format is not read"):
+        data.convert(replace(args, format="minari", source=tmp_path / "set"))
+
+
+def test_folders_of_gym_ids_with_a_slash(tmp_path):
+    """Are the task that they were made as."""
+    assert data.task_name(tmp_path / "gym/ALE/Pong-v5") == "gym/ALE/Pong-v5"
+    assert data.task_name(tmp_path / "gym/CartPole-v1") == "gym/CartPole-v1"
+    assert data.task_name(tmp_path / "reach-v2", "metaworld") == "metaworld/reach-v2"
+
+
+@pytest.mark.parametrize("how", ("pipe", "terabytes", "link"))
+def test_odd_files_without_an_index_do_not_stop_a_start(how, tmp_path):
+    """They are named when their turn comes, and skipped on request."""
+    folder = write_task(tmp_path, [30, 30, 30])
+    (folder / "episode_lengths.json").unlink()
+    damage(folder / "000002.hdf5", how)
+    mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip", top_fraction=0.9)
+    assert mixture.sample("darkroom", 4, 8, 0, 0)["obs"].shape[0] == 4
+    assert not (folder / "episode_lengths.json").exists()       # nothing false is kept
+    (folder / "task.json").unlink()
+    os.mkfifo(folder / "task.json")
+    assert data.check(tmp_path) == 2
 
 
 def test_tuples_are_joined_by_their_numbers(tmp_path):
