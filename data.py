@@ -25,7 +25,11 @@ to plan a training run) and task.json, the card of the task. `actions` are what 
 ends a trajectory in Atari, whose rewards are stored clipped to [-1, 1].
 
 The public data sets themselves are read as downloaded: <root>/<task>/ without a domain's folder,
-without task.json, under their spellings of a task's name (find_folder, load_card).
+without task.json, under their spellings of a task's name (find_folder, load_card). What takes long
+to learn about them is kept beside them (statistics.json, found_lengths.json).
+
+Files, cards, packs and the sources of `convert` may be a stranger's: they are validated before use,
+point at no other file, and nothing in them is executed or printed as advice.
 
 darkroom/histories holds one file per training goal instead: 1000 episodes of 100 steps each, one
 after the other as an agent learned them from nothing, T = 100,000; dones are true at each episode's
@@ -1492,7 +1496,7 @@ class Trajectory:
 def open_trajectory(path, card=None, length=None):
     """Read and validate one file, with its task's card and its length in the index if given.
 
-    BadTrajectory: path and reason. Nothing that a file says is trusted or executed.
+    BadTrajectory: path and reason.
     """
     bad, f = lambda reason: BadTrajectory(f"{path}: {reason}"), open_hdf5(path)
     try:
@@ -1801,7 +1805,7 @@ def load_index(folder, on_bad="refuse"):
 def episode_numbers(folder, what, on_bad="refuse"):
     """{episode: steps or return}, what: "lengths" or "returns".
 
-    From the pack, else from the index, so that no file is opened, else from the files. An index
+    From the pack, else from the index, so that no file is opened, else from the files, once. An index
     that lists other episodes than there are is refused, or with on_bad "skip" only what both know
     is returned.
     """
@@ -1809,13 +1813,15 @@ def episode_numbers(folder, what, on_bad="refuse"):
     if pack:
         return dict(zip((x.decode() for x in pack.names), getattr(pack, what).tolist()))
     path, stems, index = folder / f"episode_{what}.json", episodes_in(folder), {}
+    kept = folder / f"found_{what}.json"                # what was read here at an earlier start
+    odd = lambda x: not isinstance(x, (int, float)) or not abs(x) < 1e30 or (
+        what == "lengths" and not 0 < x <= MOST_STEPS)
     if path.exists():
         index = load_json(path)
         wrong = sorted(index.keys() ^ stems)
         if (folder / UNFINISHED).exists() and (folder / "task.json").exists():
-            wrong = sorted(index.keys() - set(stems))        # what is being added does not count yet
-        wrong += [s for s, x in index.items() if not isinstance(x, (int, float))
-                  or not abs(x) < 1e30 or what == "lengths" and not 0 < x <= MOST_STEPS]
+            wrong = sorted(index.keys() - set(stems))    # what is being added does not count yet
+        wrong += [s for s, x in index.items() if odd(x)]
         if wrong and on_bad == "refuse":
             raise SystemExit(f"malformed data: {path} and the files disagree about {wrong[0]} and "
                              f"{len(wrong) - 1} more; delete it, or go on without these: "
@@ -1826,6 +1832,9 @@ def episode_numbers(folder, what, on_bad="refuse"):
             print(f"skipped: {path} and the files disagree about {len(wrong)} episodes",
                   file=sys.stderr)
         return index
+    found = load_json(kept) if kept.exists() else {}
+    if found.keys() == set(stems) and not any(map(odd, found.values())):
+        return {stem: found[stem] for stem in stems}
     faults = 0
     for stem in stems:
         try:
@@ -1835,8 +1844,8 @@ def episode_numbers(folder, what, on_bad="refuse"):
         except (OSError, KeyError, ValueError, TypeError, RuntimeError):
             index[stem], faults = 1, 1  # it is named and refused, or skipped, where it is opened
     if not faults:
-        with contextlib.suppress(OSError):              # for the next start; not on a read-only disk
-            write_json(path, index)
+        with contextlib.suppress(OSError):              # a read-only disk
+            write_json(kept, index)
     return index
 
 
@@ -1849,9 +1858,9 @@ class Pack:
 
     states, actions, executed, rewards, dones and returns_to_go as in single files, but (N, ...) for
     the N steps of all; starts, lengths and returns (E,) and episodes (E,), the names, say which
-    steps are whose; left_out names bad files that were beside it. Vectors are stored as they are and
-    mapped into memory, images in gzip chunks. A trajectory is validated at its first use, as a file
-    is.
+    steps are whose; left_out names bad files that were beside it. Vectors are stored as they are
+    and mapped into memory, images in gzip chunks. A trajectory is validated at its first use, as a
+    file is.
     """
 
     def __init__(self, path):
@@ -1884,7 +1893,8 @@ class Pack:
         if not fits:
             raise bad("not what data.py writes")
         if len(steps) > 1 or (self.starts < 0).any() or (self.lengths < 1).any() or \
-                (self.lengths > MOST_STEPS).any() or (self.starts > min(steps) - self.lengths).any():
+                (self.lengths > MOST_STEPS).any() or \
+                (self.starts > min(steps) - self.lengths).any():
             raise bad("its index points outside of its data")
         self.sound = np.zeros(len(self.names), bool)
 
@@ -2014,8 +2024,8 @@ def read_minari(args, present):
     """Minari: data/main_data.hdf5 with groups episode_0, ...; one observation more than actions."""
     path = args.source / "data" / "main_data.hdf5"
     if not path.exists():
-        raise SystemExit(f"{path} does not exist: the source must be a data set's folder in Minari's "
-                         "hdf5 format (its arrow format is not read)")
+        raise SystemExit(f"{path} does not exist: the source must be a data set's folder in "
+                         "Minari's hdf5 format (its arrow format is not read)")
     with open_hdf5(path) as f:
         for name, episode in numbered(f, "episode_", present):
             actions, rewards, terminations = (
@@ -2056,9 +2066,10 @@ def read_flat(args, present):
     limit = args.episode_steps or (500 if args.format == "composuite" else None)
     with open_hdf5(args.source) as f:
         if "timeouts" not in set(f) and not limit:
-            raise SystemExit(f"{args.source} does not say where episodes run out of time: it has no "
-                             "timeouts; give the most steps of an episode with --episode-steps")
-        terminals, actions, rewards = (inside(f, key) for key in ("terminals", "actions", "rewards"))
+            raise SystemExit(f"{args.source} does not say where episodes run out of time: it has "
+                             "no timeouts; give the most steps of an episode with --episode-steps")
+        terminals, actions, rewards = (
+            inside(f, key) for key in ("terminals", "actions", "rewards"))
         ends = terminals = terminals[:].ravel() > 0
         if "timeouts" in set(f):
             ends = terminals | (inside(f, "timeouts")[:].ravel() > 0)

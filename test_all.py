@@ -3751,7 +3751,7 @@ def test_downloads_are_trained_on_as_they_are(tmp_path, monkeypatch):
                           batch_size=2, episodes=0, layers=1))
     assert before == {path: path.stat().st_mtime_ns for path in Path("d").rglob("*.hdf5")}
     kept = {path.name for path in Path("d").rglob("*.json")}
-    assert kept == {"statistics.json", "episode_lengths.json"}
+    assert kept == {"statistics.json", "found_lengths.json"}
     with monkeypatch.context() as patch:                # a second start opens no trajectory
         patch.setattr(data, "open_hdf5", mock.Mock(side_effect=AssertionError))
         assert data.Mixture("d", ["metaworld/reach-v3"]).names["metaworld/reach-v3"].size == 3
@@ -3770,6 +3770,11 @@ def test_downloads_are_trained_on_as_they_are(tmp_path, monkeypatch):
     assert np.isclose(card["random_score"], min(rewards)) and card["action"]["dims"] == 4
     assert np.allclose(card["state_mean"], np.concatenate(states).mean(0), atol=1e-5)
     assert data.check("d", domain="metaworld") == 0
+    download("more", [folder], [20, 30, 25, 40])            # the download goes on: seen
+    shutil.copy("more/reach-v2/000000003.hdf5", Path("d", folder))
+    mixture = data.Mixture("d", ["metaworld/reach-v3"])
+    assert mixture.names["metaworld/reach-v3"].size == 4
+    assert mixture.cards["metaworld/reach-v3"]["target_return"] > card["target_return"]
 
 
 def test_images_of_downloads_become_gray_in_the_card(tmp_path):
@@ -4087,7 +4092,7 @@ def test_odd_files_without_an_index_do_not_stop_a_start(how, tmp_path):
     damage(folder / "000002.hdf5", how)
     mixture = data.Mixture(tmp_path, ["darkroom/train"], on_bad="skip", top_fraction=0.9)
     assert mixture.sample("darkroom", 4, 8, 0, 0)["obs"].shape[0] == 4
-    assert not (folder / "episode_lengths.json").exists()       # nothing false is kept
+    assert not (folder / "found_lengths.json").exists()         # nothing false is kept
     (folder / "task.json").unlink()
     os.mkfifo(folder / "task.json")
     assert data.check(tmp_path) == 2
@@ -4113,7 +4118,7 @@ def test_broken_sources_are_named(tmp_path, monkeypatch):
             data.convert(args)
     with h5py.File(tmp_path / "s/data/main_data.hdf5", "r+") as f:
         del f["episode_12/rewards"]
-    with pytest.raises(SystemExit, match="cannot be read as minari after episode 000006: .*has no re"):
+    with pytest.raises(SystemExit, match="cannot be read as minari after episode 000006: .*has no"):
         data.convert(args)
     whole = (tmp_path / "s/data/main_data.hdf5").read_bytes()
     (tmp_path / "s/data/main_data.hdf5").write_bytes(whole[:len(whole) // 2])
@@ -4749,7 +4754,7 @@ data.convert(data.Convert("d4rl", data.Path("s"), "robots/x", data.Path("d")))
 
 
 def test_a_full_disk_ends_a_conversion_with_a_message(tmp_path):
-    """And not with a signal from within HDF5; what was written stays, the same command continues."""
+    """And not with a signal from within HDF5; what was written stays, the command continues."""
     pytest.importorskip("resource")
     known = write_flat(tmp_path / "s", (9, 900, 5), True)       # the second one does not fit
     done = run("-c", FULL, cwd=tmp_path)
