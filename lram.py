@@ -45,10 +45,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gpt import GPTBlock, LearnedPositions
 from mamba import MambaBlock, selective_scan
-from mlstm import MLSTMBlock, mlstm_chunkwise, settled
+from mlstm import MLSTMBlock, mlstm_chunkwise, precise, settled
 from slstm import SLSTMBlock, slstm_scan
 
 STATE_WIDTH = 204           # observations are zero-padded to this width: the union of DMControl's
@@ -159,13 +160,12 @@ class Backbone(nn.Module):
 
     def reset(self, state, done):
         """Restart the rows where done (B,) is true. torch.where, not a product: -inf * 0 is NaN."""
-        fresh = self.initial_state(len(done), done.device, state[0][-1].dtype)
         pick = lambda new, old: torch.where(done.view(-1, *[1] * (old.dim() - 1)),
                                             new.to(old.dtype), old)
-        # of a cache only `used` restarts: what lies behind it is never seen
-        return tuple((*old[:2], pick(new[2], old[2])) if isinstance(block, GPTBlock) else
-                     tuple(map(pick, new, old))
-                     for block, new, old in zip(self.blocks, fresh, state))
+        # one fresh row serves all; of a cache only `used` restarts: what is behind is never seen
+        return tuple((*old[:2], old[2].masked_fill(done, 0)) if isinstance(block, GPTBlock) else
+                     tuple(map(pick, block.initial_state(1, done.device, old[-1].dtype), old))
+                     for block, old in zip(self.blocks, state))
 
 
 class ImpalaCNN(nn.Module):
@@ -233,17 +233,18 @@ class LRAM(nn.Module):
             known = (last_action >= 0)[..., None]                       # (B, C, A, 1)
             parts.append(self.encode_action(last_action.clamp(min=0)) * known)
         if "r" in self.config.tokens:
-            parts.append(self.encode_reward(reward[..., None])[:, :, None])
+            parts.append(precise(self.encode_reward, reward[..., None])[:, :, None])
         if obs.dim() == 3 and obs.shape[-1] > STATE_WIDTH:      # F.pad would cut it in silence
             raise ValueError(f"observations have {obs.shape[-1]} numbers, the model reads at most "
                              f"{STATE_WIDTH}: leave some out")
         if obs.dim() == 5:
             s = self.encode_image(obs.flatten(0, 1)).view(*obs.shape[:2], -1)
         else:
-            s = self.encode_state(F.pad(obs.to(dtype), (0, STATE_WIDTH - obs.shape[-1])))
+            obs = F.pad(obs.to(dtype), (0, STATE_WIDTH - obs.shape[-1]))
+            s = precise(self.encode_state, obs)
         parts.append(s[:, :, None])                                     # (B, C, 1, D)
         if "rtg" in self.config.tokens:
-            parts.append(self.encode_rtg(rtg[..., None])[:, :, None])
+            parts.append(precise(self.encode_rtg, rtg[..., None])[:, :, None])
         return self.token_norm(torch.cat(parts, dim=2))
 
     def forward(self, obs, reward, rtg, action_dims, last_action=None, state=None, at=-1,
@@ -714,16 +715,17 @@ class NarrowLinear(nn.Module):
 class FastPolicy(nn.Module):
     """A copy of a model whose act() is one compiled function: same arguments, same results.
 
-    The state that a call returned is updated in place by the next; any other is copied first. Keep
-    a clone of a state that you mean to come back to. The first call of each shape compiles for a
-    minute or more (self.compile_seconds). Weights are copied: later training of the model is not
+    The state that a call returned is updated in place by the next. Another one is copied first, or
+    refused if a later call has overwritten it: keep own_state(state), a copy, of one that you mean
+    to come back to. The first call of each shape compiles for a minute or more
+    (self.compile_seconds). Weights are copied: later training of the model is not
     seen. weights: "float32" (exact to rounding), "bfloat16", "int8" (CPUs alone), for the blocks'
     and the head's large matrices; states and sums stay float32.
 
     On a CPU the weights are frozen into the code and laid out for 3 rows at a time, which plain
     F.linear is slow at; a C++ compiler must be there. On a GPU the step, with the kernels of
     kernels.py where they can be, is captured as one CUDA graph over fixed memory: all calls of one
-    shape share one state there.
+    shape write their state there, so two agents of one shape need a policy each.
     """
 
     def __init__(self, model, weights="float32"):
@@ -739,22 +741,27 @@ class FastPolicy(nn.Module):
         self.config, self.weights = model.config, weights
         self.compiled, self.compile_seconds, self.heads = {}, 0.0, nn.ModuleDict()
         self.last = None            # the state that the last call returned
-        self.kernels = use_kernels(self.model, "auto" if self.device.type == "cuda" else "torch")
-        for block in self.model.backbone.blocks:
-            if isinstance(block, MLSTMBlock):
-                block.folded = block.folded_gates().requires_grad_(False)
-                block.gate = partial(_folded_gate, block.folded)
-                if self.device.type == "cpu":
-                    block.project = partial(_banded_project, block.bands().detach())
+        self.newest = WeakTensorKeyDictionary()     # first tensor -> id of the last state it was in
         for module in list(self.model.backbone.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
+                if isinstance(child, nn.Linear) and name != "gates":    # they are folded, below
                     setattr(module, name, self._narrowed(child))
-        self.model.readout = self._readout
+        # the same weights in PyTorch alone: what the compiled step is compared with
+        shared = itertools.chain(self.model.parameters(), self.model.buffers())
+        self.plain = copy.deepcopy(self.model, {id(x): x for x in shared})
+        use_kernels(self.plain, "torch")
+        use_kernels(self.model, "auto" if self.device.type == "cuda" else "torch")
+        for block in self.model.backbone.blocks:
+            if isinstance(block, MLSTMBlock):
+                folded = block.folded_gates().requires_grad_(False)
+                block.gate = partial(_folded_gate, folded)
+                if self.device.type == "cpu":
+                    block.project = partial(_banded_project, block.bands().detach())
+        self.model.readout = self.plain.readout = self._readout
 
     def forward(self, *args, **kwargs):
         """The model's own, not compiled."""
-        return self.model(*args, **kwargs)
+        return self.plain(*args, **kwargs)
 
     def _narrowed(self, linear):
         small = linear.weight.numel() < 2 ** 11       # gates and the like: nothing to gain
@@ -797,13 +804,23 @@ class FastPolicy(nn.Module):
                 old.copy_(settled(value + 0.0) if isinstance(block, MambaBlock) else value)
         return logits
 
+    def _fresh(self, rows):
+        """An own_state of fresh sequences; never more than one block's part twice in memory."""
+        one = self.model.backbone.initial_state(1, self.device)
+        return self.own_state(tuple(tuple(x.expand(rows, *x.shape[1:]) for x in part)
+                                    for part in one))
+
     @torch.no_grad()
     def act(self, obs, reward, rtg, action_dims, last_action=None, state=None, done=None):
         """See LRAM.act; the state that is returned is overwritten by the next call."""
         if state is None:
-            state = self.own_state(
-                self.model.backbone.initial_state(len(reward), self.device))
+            state = self._fresh(len(reward))
         elif state is not self.last:
+            if self.newest.get(state[0][0], id(state)) != id(state):
+                raise ValueError("this state has been overwritten by a later call; go on from the "
+                                 "state that the last call returned, and keep own_state(state), a "
+                                 "copy, of one to come back to (on a GPU two agents of one shape "
+                                 "need a FastPolicy each)")
             state = self.own_state(state)
         done = torch.zeros(len(reward), dtype=torch.bool, device=self.device) if done is None \
             else done
@@ -821,16 +838,21 @@ class FastPolicy(nn.Module):
         args = obs, reward, rtg, action_dims, last_action[0] if last_action else None, state, done
         if key not in self.compiled:
             self.compiled[key] = self._compile(*args)
-        logits, self.last = self.compiled[key](*args)
+        logits, state = self.compiled[key](*args)
+        self.last = *state,             # a new tuple: what earlier calls returned is told from it
+        self.newest[state[0][0]] = id(self.last)
         return logits, self.last
 
     def _compile(self, *args):
-        """The compiled step for arguments like these, compared with the same step uncompiled."""
+        """The compiled step for arguments like these, compared with the plain model on two rows."""
         action_dims, done = args[3], torch.zeros_like(args[6])
         if str(action_dims) not in self.heads:
             self.heads[str(action_dims)] = self._head(action_dims)
-        # tensors of their own: what is one tensor here would be taken for one in every later call
-        inputs = [x.clone() if torch.is_tensor(x) else x for x in args[:5]]
+        # tensors of their own: what is one tensor here would be taken for one in every later call;
+        # two rows in turn: a whole batch would need more states than a GPU holds
+        rows = torch.arange(len(done), device=self.device) % 2
+        inputs = [x[rows] if torch.is_tensor(x) else x for x in args[:5]]
+        two = [x[:2] if torch.is_tensor(x) else x for x in inputs]
         # freezing is read while tracing: as an option of torch.compile it would come too late
         settings = dict(INDUCTOR, cpp_wrapper=True)
         from torch._inductor import config as inductor
@@ -841,14 +863,14 @@ class FastPolicy(nn.Module):
         step = torch.compile(
             FunctionType(code, globals()).__get__(self), fullgraph=True, dynamic=False,
             options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
-        plain = self.model.backbone.initial_state(len(done), self.device)
-        trial, error = self.own_state(plain), 0.0
+        plain = self.plain.backbone.initial_state(len(rows[:2]), self.device)
+        trial, error = self._fresh(len(rows)), 0.0
         for _ in range(min(3, self.config.context)):    # the state of one must serve the next
             with inductor.patch(settings if self.device.type == "cpu" else {}):
                 logits = step(*inputs, trial, done)
-            expected, plain = self.model.act(*inputs, plain, done)      # not compiled
-            for x, y in [(logits, expected)] + [
-                    pair for parts in zip(trial, plain) for pair in zip(*parts)]:
+            expected, plain = self.plain.act(*two, plain)
+            for x, y in [(logits, expected[rows])] + [
+                    (x[:2], y) for parts in zip(trial, plain) for x, y in zip(*parts)]:
                 off = (x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-6)
                 error = max(error, off.nan_to_num(torch.inf).item())
         if not error < (1e-3 if self.weights == "float32" else 5e-2):
@@ -860,10 +882,11 @@ class FastPolicy(nn.Module):
         return run
 
     def _captured(self, step, args):
-        """The step as a CUDA graph over memory of its own: one launch for all of it."""
-        static = [x.clone() if torch.is_tensor(x) else x for x in args]
-        static[5] = self.own_state(     # fresh: the steps below must not pass gpt's positions
-            self.model.backbone.initial_state(len(args[6]), self.device))
+        """The step as a CUDA graph over these arguments' memory: one launch for all of it."""
+        static = args
+        for part, fresh in zip(static[5], self.model.backbone.initial_state(1, self.device)):
+            for x, y in zip(part, fresh):       # the steps below must not pass gpt's positions
+                x.copy_(y)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):                 # what must not happen while capturing
@@ -878,7 +901,7 @@ class FastPolicy(nn.Module):
             for own, given in zip(static, args):
                 if torch.is_tensor(own):
                     own.copy_(given)
-            if args[5] is not static[5]:
+            if args[5][0][0] is not static[5][0][0]:
                 for own, given in zip(static[5], args[5]):
                     for x, y in zip(own, given):
                         x.copy_(y)

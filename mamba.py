@@ -134,6 +134,15 @@ def _initial_state(u, A):
 
 
 # --------------------------------------------------------------------------------------- the block
+def precise(form, *inputs):
+    """form(*inputs), in float32 also under autocast: bfloat16 has 3 digits, too few for a gate."""
+    kind = inputs[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return form(*inputs)
+    with torch.autocast(kind, enabled=False):
+        return form(*(x.float() for x in inputs))
+
+
 def causal_conv(x, last, weight, bias):
     """Depthwise causal convolution over time: every channel sees its own last 4 values.
 
@@ -191,7 +200,7 @@ class MambaBlock(nn.Module):
         u = F.silu(u)                                                 # (B, T, E)
         # dt, B, C from the token itself (the selection); A = -exp(A_log) in float32
         d, B, C = self.select(u).split([self.rank, 16, 16], dim=-1)   # (B, T, rank), 2 x (B, T, 16)
-        dt = F.softplus(self.dt(d).to(h.dtype))                       # (B, T, E)
+        dt = F.softplus(precise(self.dt, d).to(h.dtype))              # (B, T, E)
         A = -torch.exp(self.A_log.to(h.dtype))                        # (E, 16)
         y, h = self.scan(u, dt, A, B, C, self.D, h)                   # (B, T, E)
         x = x + self.dropout(self.down(y * F.silu(z)))

@@ -172,6 +172,15 @@ def mlstm_chunkwise(q, k, v, i, f, state=None, final_state=True, chunk_size=64):
 
 
 # --------------------------------------------------------------------------------------- the block
+def precise(form, *inputs):
+    """form(*inputs), in float32 also under autocast: bfloat16 has 3 digits, too few for a gate."""
+    kind = inputs[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return form(*inputs)
+    with torch.autocast(kind, enabled=False):
+        return form(*(x.float() for x in inputs))
+
+
 def causal_conv(x, last, weight, bias):
     """Depthwise causal convolution over time: every channel sees its own last 4 values.
 
@@ -244,7 +253,7 @@ class MLSTMBlock(nn.Module):
 
     def gate(self, q, k, v, x_c, x_m):
         """i, f = W [q; k; v] + b -> (B, T, 2H)."""
-        return self.gates(torch.cat([q, k, v], -1))
+        return precise(self.gates, torch.cat([q, k, v], -1))
 
     def folded_gates(self):
         """The same map from [x_c; x_m], a Linear(2E, 2H): W [q; k; v] = (W_q B_q + W_k B_k) x_c +

@@ -133,11 +133,20 @@ class _SLSTMScan(torch.autograd.Function):
         return d_gates.to(ctx.gates_dtype), dR.to(ctx.R_dtype), *state, None
 
 
+def precise(form, *inputs):
+    """form(*inputs), in float32 also under autocast: bfloat16 has 3 digits, too few for a gate."""
+    kind = inputs[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return form(*inputs)
+    with torch.autocast(kind, enabled=False):
+        return form(*(x.float() for x in inputs))
+
+
 def slstm_scan(gates, R, state=None):
     """The definition, faster: same arguments and results, first-order gradient by hand."""
     state = slstm_initial_state(gates) if state is None else state
-    out, *state = _SLSTMScan.apply(gates, R, *state)
-    return out, tuple(state)
+    out, *state = precise(_SLSTMScan.apply, gates, R, *state)
+    return out.to(gates.dtype), tuple(state)
 
 
 # --------------------------------------------------------------------------------------- the block
@@ -206,7 +215,8 @@ class SLSTMBlock(nn.Module):
         x_c, conv = causal_conv(x1, conv, self.conv_weight, self.conv_bias)
         x_c = F.silu(x_c)
         inputs = torch.stack([x_c, x_c, x1, x1]).view(4, B, T, self.num_heads, -1)
-        gates = torch.einsum("gbthi,ghoi->btgho", inputs, self.W) + self.bias    # (B, T, 4, H, dh)
+        project = lambda z: torch.einsum("gbthi,ghoi->btgho", z, self.W) + self.bias
+        gates = precise(project, inputs)                                    # (B, T, 4, H, dh)
         y, memory = self.cell(gates, self.R, memory)                        # (B, T, H, dh)
         # each head is normalised by itself, and no output projection
         y = F.layer_norm(y, y.shape[-1:], eps=1e-5).reshape(B, T, D)

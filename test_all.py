@@ -34,6 +34,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bench
 import data
@@ -1138,6 +1141,51 @@ def test_reset_restarts_single_rows(backbone):
     assert torch.equal(y[[0, 2]], undisturbed[[0, 2]])
 
 
+def test_reset_of_gpt_makes_no_cache(monkeypatch):
+    """The counters restart, the caches are the same tensors, and no new one is made."""
+    model = small_model("gpt").backbone
+    _, state = model(torch.randn(2, 5, 32))
+    monkeypatch.setattr(gpt, "attention_initial_state", None)
+    after = model.reset(state, torch.tensor([True, False]))
+    for (keys, values, used), (new_keys, new_values, new_used) in zip(state[1:], after[1:]):
+        assert new_keys is keys and new_values is values and new_used.tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("backbone", ("mlstm", "slstm", "mamba"))
+def test_blocks_in_bfloat16_keep_float32_states(backbone):
+    """Operands and the convolution's inputs follow the model, what accumulates does not."""
+    block = small_model(backbone, dtype=torch.bfloat16).backbone.blocks[0]
+    state = None
+    for _ in range(2):
+        y, state = block(torch.randn(2, 3, 32, dtype=torch.bfloat16), state)
+        assert [y.dtype, state[-1].dtype] == [torch.bfloat16] * 2
+        assert all(x.dtype == torch.float32 for x in state[:-1])
+
+
+@pytest.mark.parametrize("backbone", ("mlstm", "slstm", "mamba"))
+def test_gates_keep_their_digits_under_autocast(backbone):
+    """Where weights are 0 or inputs exact, the recurrence gets the gates of float32, to the bit."""
+    block, seen = small_model(backbone).backbone.blocks[0], []
+    name = "scan" if backbone == "mamba" else "cell"
+    cell = getattr(block, name)
+    setattr(block, name, lambda *args: seen.append(args) or cell(*args))
+    gates = {"mlstm": lambda q, k, v, i, f, *_: [i, f],             # from the bias alone, below
+             "slstm": lambda gates, *_: [gates[:, :, 2:]],          # z and o, of the norm's output
+             "mamba": lambda u, dt, *_: [dt]}[backbone]
+    with torch.no_grad():
+        for layer in {"mlstm": ["gates"], "mamba": ["dt"]}.get(backbone, ()):
+            getattr(block, layer).weight.zero_()
+    x = torch.randn(2, 5, 32)
+    block(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    assert all(torch.equal(a, b) for a, b in zip(*(gates(*args) for args in seen)))
+    if backbone == "slstm":             # nor are they rounded on their way through R
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = slstm.slstm_scan(*seen[0])[0]
+        assert torch.equal(rounded, slstm.slstm_scan(*seen[0])[0])
+
+
 @pytest.mark.parametrize("backbone", RECURRENT)
 def test_gates_of_a_reset_row_may_be_extreme(backbone):
     """Finite where the public sLSTM returns NaN: some rows reset, input gate very negative."""
@@ -1279,6 +1327,18 @@ def test_tokens_are_the_papers_stream():
     assert torch.allclose(tokens[:, 2, 1],
                           model.token_norm(model.encode_action.weight[last[:, 2, 1]]))
     assert torch.allclose(tokens[:, 0, 0], model.token_norm(torch.zeros(2, 32)))
+
+
+def test_tokens_keep_their_digits_under_autocast():
+    """States, rewards and returns of 79 and 80 differ in bfloat16 as they do in float32."""
+    model, C = small_model("mlstm"), torch.full((1, 1), 79.0)
+    tokens = lambda x: model.tokens(x[..., None].expand(1, 1, 7), x, x)
+    with torch.no_grad():
+        exact = tokens(C + 1) - tokens(C)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = tokens(C + 1) - tokens(C)
+    for j in range(3):
+        assert relative(rounded[:, :, j], exact[:, :, j]) < 1e-3, j
 
 
 def test_image_encoder_is_impala():
@@ -1574,12 +1634,17 @@ def test_fast_policy_is_the_policy(backbone, weights):
             flatten(fast_state), flatten(state)))
         graphs = compiled["unique_graphs"] if t == 0 else graphs
         assert compiled["unique_graphs"] == graphs
-    # a state that another call has returned meanwhile is copied, not lost
-    fresh = obs, reward, rtg, 4
+    # a state from before another sequence is copied; one that was overwritten is refused
+    fresh, kept = (obs, reward, rtg, 4), [x.clone() for x in flatten(fast_state)]
     with torch.no_grad():
         expected, _ = model.act(*fresh, state=state)
     fast.act(*fresh)
-    assert relative(fast.act(*fresh, state=fast_state)[0], expected) < bar
+    ours, after = fast.act(*fresh, state=fast_state)
+    assert relative(ours, expected) < bar
+    assert all(torch.equal(a, b) for a, b in zip(flatten(fast_state), kept))
+    fast.act(*fresh, state=after)
+    with pytest.raises(ValueError, match="overwritten by a later call; go on from the state that"):
+        fast.act(*fresh, state=after)
     assert fast.compile_seconds > 0
     window = torch.randn(2, 3, 39), *torch.randn(2, 2, 3)
     if weights == "float32":            # not compiled: what Agent's window asks for
@@ -1614,6 +1679,55 @@ def test_fast_policy_refuses(monkeypatch):
         monkeypatch.setattr(torch, "compile", wrong)
         with pytest.raises(RuntimeError, match="off by .* from the plain one"):
             fast.act(torch.randn(1, 39), *torch.ones(2, 1), 4)
+    # nor is one whose own forms are wrong, although they were compiled rightly
+    right = lram._folded_gate
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    monkeypatch.setattr(lram, "_folded_gate", lambda *args: right(*args) + 1)
+    with pytest.raises(RuntimeError, match="off by .* from the plain one"):
+        lram.FastPolicy(model).act(torch.randn(1, 39), *torch.ones(2, 1), 4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_fast_policy_packs_what_it_uses():
+    """int8: up and down of a block, and neither of the gates' two forms."""
+    packed = len(lram.PACKED)
+    fast = lram.FastPolicy(lram.LRAM(lram.Config("mlstm", layers=2)), "int8")
+    narrow = [m for m in fast.model.modules() if isinstance(m, lram.NarrowLinear)]
+    assert len(narrow) == len(lram.PACKED) - packed == 4
+
+
+class Live(TorchDispatchMode):
+    """Counts the tensors of `numel` elements that are alive, and the most at once, in `peak`."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.alive, self.peak = numel, set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.alive |= {StorageWeakRef(x.untyped_storage()) for x in tree_leaves(out)
+                       if torch.is_tensor(x) and not x.is_meta
+                       and x.untyped_storage().nbytes() == 4 * self.numel}
+        self.alive = {ref for ref in self.alive if not ref.expired()}
+        self.peak = max(self.peak, len(self.alive))
+        return out
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_fast_policy_compiles_in_the_memory_of_two_states(monkeypatch):
+    """Around the compiled step: the caller's state and the trial's, and one block's part twice."""
+    fast = lram.FastPolicy(small_model("mlstm", layers=3))
+    live = Live(5 * 4 * 16 * 16)            # C of a block, 5 rows
+
+    def uncounted(step, **options):
+        def run(*args):
+            with torch.utils._python_dispatch._disable_current_modes():
+                return step(*args)
+        return run
+    monkeypatch.setattr(torch, "compile", uncounted)
+    with live:
+        fast.act(torch.randn(5, 39), *torch.ones(2, 5), 3)
+    assert live.peak == 2 * 3 + 1
 
 
 COMPILED = pytest.param("mlstm", False, True, marks=pytest.mark.skipif(
@@ -1705,7 +1819,8 @@ assert not {"lram", "h5py", "tyro"} & set(sys.modules)
 
 
 def test_memory_of_a_cuda_graph(monkeypatch):
-    """A graph reads and writes fixed memory: every call's inputs and state must get there and back.
+    """A graph reads and writes fixed memory: every call's inputs and state must get there and back,
+    and no agent acts on the state of another.
 
     The graph is a stand-in that runs the captured step again, on a CPU.
     """
@@ -1724,18 +1839,25 @@ def test_memory_of_a_cuda_graph(monkeypatch):
     for name in ("Stream", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    state, replay = model.backbone.initial_state(2), None
-    fixed = fast.own_state(state)
+    own = lambda x: x.clone() if torch.is_tensor(x) else x
+    monkeypatch.setattr(fast, "_compile", lambda *args: fast._captured(
+        step, (*map(own, args[:5]), fast.own_state(args[5]), own(args[6]))))
+    state = ours = None
     for t in range(8):
         obs, scalar, done = torch.randn(2, 39), torch.randn(2), torch.tensor([t == 5, False])
         if t == 3:                  # a state from elsewhere
-            fixed = fast.own_state(state)
+            ours = state
         with torch.no_grad():
             truth, state = model.act(obs, scalar, scalar, 4, None, state, done)
-            args = obs, scalar, scalar, 4, None, fixed, done
-            replay = replay or fast._captured(step, args)
-            logits, fixed = replay(*args)
+        logits, ours = fast.act(obs, scalar, scalar, 4, None, ours, done)
         assert relative(logits, truth) < 1e-5, t
+    kept = fast.own_state(ours)
+    fast.act(-obs, scalar, scalar, 4)       # another agent
+    with pytest.raises(ValueError, match="overwritten by a later call"):
+        fast.act(obs, scalar, scalar, 4, state=ours)
+    with torch.no_grad():
+        truth, _ = model.act(obs, scalar, scalar, 4, None, state)
+    assert relative(fast.act(obs, scalar, scalar, 4, state=kept)[0], truth) < 1e-5
 
 
 # --------------------------------------------------------------------------------- the measurements
