@@ -666,11 +666,11 @@ PACKED = {}     # int8 weights in the library's own layout; the compiled code ho
 def int8_linear(x: torch.Tensor, number: int, outputs: int) -> torch.Tensor:
     """x (N, in) -> (N, out), both float32: the product with PACKED[number].
 
-    PyTorch's int8 product (FBGEMM on x86): x is rounded to 8 bits too, one scale for all of it, so
-    that the processor multiplies bytes. An operator of its own: torch.compile cannot hold a packed
-    weight.
+    PyTorch's int8 product (FBGEMM on x86): x is rounded to 7 bits, one scale for all of it, so that
+    the processor multiplies bytes; with 8 bits a sum of two products overflows where it has no VNNI
+    instructions. An operator of its own: torch.compile cannot hold a packed weight.
     """
-    return torch.ops.quantized.linear_dynamic(x, PACKED[number])
+    return torch.ops.quantized.linear_dynamic(x, PACKED[number], reduce_range=True)
 
 
 @int8_linear.register_fake
@@ -682,7 +682,7 @@ class NarrowLinear(nn.Module):
     """nn.Linear with its weight in 16 or 8 bits, float32 outside. Bytes are what few rows cost.
 
     bits 16: weight and inputs in bfloat16. bits 8: each output's weights are rounded to 127 steps
-    of their largest, the inputs to 255 steps of their range.
+    of their largest, the inputs to 127 steps of their range.
     """
 
     def __init__(self, linear, bits):
