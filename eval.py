@@ -452,8 +452,9 @@ class ProcgenCopies:
                 from procgen_gym import ProcgenVecEnv
                 self.sim = sim = ProcgenVecEnv(count, name, **options)
         except OSError as error:
-            raise SystemExit(f"Procgen cannot load its library ({error}); on Debian and Ubuntu: "
-                             "apt-get install libgl1 libglib2.0-0") from None
+            lacks = re.search(r"[^ /']+(?=: cannot open)", str(error))
+            raise SystemExit(f"Procgen cannot load {lacks[0] if lacks else error}; on Debian and "
+                             "Ubuntu: apt-get install libgl1 libglib2.0-0") from None
         self.state, self.restore, self.close = sim.get_state, sim.set_state, sim.close
 
     def observe(self):
