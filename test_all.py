@@ -142,6 +142,16 @@ def test_mlstm_forms_agree(T):
             assert max(errors) < bar, (name, dtype, errors)
 
 
+@pytest.mark.parametrize("T", (1, 3, 8))
+def test_mlstm_in_the_form_for_a_compiler(T, monkeypatch):
+    """The sums that torch.compile is given for few tokens, run as they stand."""
+    inputs, state = mlstm_inputs(T)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+    h, end = mlstm.mlstm_parallel(*inputs, state)
+    truth, true_end = mlstm.mlstm_recurrent(*inputs, state)
+    assert max(relative(a, b) for a, b in zip((h, *end), (truth, *true_end))) < 1e-10
+
+
 @pytest.mark.parametrize("T", (1, 65, 150))
 def test_mlstm_fresh_state_is_the_zero_state(T):
     """state=None takes a shortcut in the parallel form; it must equal explicit zeros."""
