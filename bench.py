@@ -20,7 +20,7 @@ The last line of a measurement is one JSON object; --output writes it to a file 
 Acting: random weights and observations; a step is observation in, action out: one chunk of 3
 tokens through the carried state, and the argmax of the head's logits. "plain" is the model as it
 is trained, "float32", "bfloat16" or "int8" is lram.FastPolicy with its weights so stored, compared
-with the same step uncompiled when it compiles (--ladder prints the difference from "plain"). Every
+with plain PyTorch when it compiles (--ladder prints the difference from "plain"). Every
 row has its own warm-up, which is dropped, then --steps steps or --seconds seconds (--env: --steps),
 back to back; compile time is told apart. A step
 misses the deadline of a control rate if it takes longer than the period. The floor is the time in
@@ -37,9 +37,9 @@ been compared with ours:
 Kernels: every row is timed in the same run, on the same inputs, after its result has been compared
 with the float32 reference; medians after warm-up, the L2 cache cleared between runs
 (triton.testing.do_bench). Steps are timed in a CUDA graph, which clears nothing: they take copies
-of their inputs in turn, 256 MB of them. The two ceilings are measured first: bytes per second of a large copy,
-and the rate of a large matrix product. A row's share is (bytes or operations that the shape needs)
-/ time / ceiling:
+of their inputs in turn, 256 MB of them. The two ceilings are measured first: bytes per second of a
+large copy, and the rate of a large matrix product. A row's share is (bytes or operations that the
+shape needs) / time / ceiling:
 
     sequences   (T + 1) (K + V) operations per head and token, all causal pairs, or 4 K V + (L + 64)
                 (K + V) in chunks of L if that is less (kernels.chunk_length), or the bytes of q, k,
