@@ -1091,11 +1091,11 @@ def new_hdf5(path):
 
 
 @contextlib.contextmanager
-def disk_errors_end():
-    """A full disk, or one that must not be written to, ends the program with the message alone."""
+def file_errors_end():
+    """A full disk, or a file that cannot be used, ends the program with the message alone."""
     try:
         yield
-    except OSError as error:
+    except (OSError, BadTrajectory) as error:
         raise SystemExit(str(error)) from None
 
 
@@ -1198,7 +1198,7 @@ def default_heldout(tasks):
     return ("darkroom/heldout",) if {"darkroom/train", "darkroom/histories"} & set(tasks) else ()
 
 
-@disk_errors_end()
+@file_errors_end()
 def make(tasks=DEFAULT_TASKS, root="datasets", heldout=(), episodes=None, processes=None,
          timeout=600.0):
     """Generate what is missing of the tasks' data; returns the tasks that exist now.
@@ -1751,9 +1751,9 @@ def load_card(folder, task=None):
                              f"python data.py check {folder}")
         with contextlib.suppress(OSError):              # a read-only disk
             write_json(kept, stats)
-    if (folder / "episode_returns.json").exists() or (folder / PACK).exists():
-        stats["returns"] = episode_numbers(folder, "returns", "skip")
     try:
+        if (folder / "episode_returns.json").exists() or (folder / PACK).exists():
+            stats["returns"] = episode_numbers(folder, "returns", "skip")
         card = task_card(
             task, stats | {"action": action_spec(task, stats["action"])},
             made_by="downloaded; mean and smallest return stand for reference and random",
@@ -1805,9 +1805,9 @@ def load_index(folder, on_bad="refuse"):
 def episode_numbers(folder, what, on_bad="refuse"):
     """{episode: steps or return}, what: "lengths" or "returns".
 
-    From the pack, else from the index, so that no file is opened, else from the files, once. An index
-    that lists other episodes than there are is refused, or with on_bad "skip" only what both know
-    is returned.
+    From the pack, else from the index, so that no file is opened, else from the files, once. An
+    index that lists other episodes than there are is refused, or with on_bad "skip" only what both
+    know is returned.
     """
     folder, pack = Path(folder), open_pack(folder)
     if pack:
@@ -2135,7 +2135,7 @@ def map_actions(actions, args):
     return actions.astype(np.float32)
 
 
-@disk_errors_end()
+@file_errors_end()
 def convert(args):
     """Public data of another format -> <root>/<domain>/<task>/, see Convert; returns the number of
     episodes. A kill at any moment loses one episode: the same command continues.
@@ -2624,7 +2624,8 @@ def check_folder(folder, results):
             continue
         faults += [f"{path}: lists {stem}, but there is no such file"
                    for stem in sorted(index.keys() - files)]
-        faults += [f"{path}: does not list {s}.hdf5" for s in sorted(files - index.keys())]
+        if not (folder / UNFINISHED).exists():                  # what is being added comes last
+            faults += [f"{path}: does not list {s}.hdf5" for s in sorted(files - index.keys())]
         for stem in sorted(files & facts.keys() & index.keys()):
             given, true = index[stem], facts[stem][k]
             if not isinstance(given, (int, float)) or abs(given - true) > 1e-3 + 1e-4 * abs(true):
@@ -2690,7 +2691,7 @@ def _card_of_download(folder, domain):
         return None
 
 
-@disk_errors_end()
+@file_errors_end()
 def pack(path, on_bad="refuse"):
     """Pack every task below path; a task that is packed already is left alone."""
     from tqdm import tqdm

@@ -3484,6 +3484,16 @@ def test_handles_are_not_shared_with_workers(tmp_path):
         data.pack(tmp_path)
 
 
+class Witness:
+    """Pickled: bytes that write a file where they are loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "it ran")
+
+
 def damage(path, how):
     """One kind of fault in a good file, or in what stands beside it."""
     folder = path.parent
@@ -3492,7 +3502,7 @@ def damage(path, how):
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "not HDF5":
-        path.write_bytes(pickle.dumps(list(range(999))))
+        path.write_bytes(pickle.dumps(Witness(folder / "witness")))
     elif how in ("gone", "dangling link", "folder", "pipe"):
         path.unlink()
         if how == "dangling link":
@@ -3596,6 +3606,7 @@ def test_malformed_files_are_refused_by_name(how, words, tmp_path, capsys):
     data.info(tmp_path)
     table = capsys.readouterr().out
     assert ("1 malformed" in table) == (how not in ("gone", "state shape", "action range"))
+    assert not (folder / "witness").exists()
 
 
 @pytest.mark.parametrize("how,words,trains", (
