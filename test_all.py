@@ -1769,7 +1769,8 @@ def test_exported_policy_is_the_agent(backbone, image, compiled, tmp_path, monke
         reward = np.zeros(1) if first else rng.normal(1, 2, 1)
         if first:
             policy.begin(1)
-        action, ours = (x.act(obs, reward, np.array([first])) for x in (agent, policy))
+        action, ours = (x.act(obs, reward, np.array([first]), np.array([t == 20]))   # a lost life
+                        for x in (agent, policy))
         bar = 1e-4 if compiled else 1e-5
         assert relative(policy.logits, agent.logits[..., :policy.logits.shape[-1]]) < bar, t
         assert np.array_equal(ours, action) and ours.dtype == action.dtype, t
