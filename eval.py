@@ -37,6 +37,7 @@ interval reaches down to 0 is not above random, and the table says so.
 Not included: several processes for one task, rendering of MuJoCo without an OpenGL library.
 """
 
+import concurrent.futures
 import contextlib
 import difflib
 import functools
@@ -45,7 +46,7 @@ import io
 import itertools
 import json
 import logging
-import multiprocessing.connection
+import multiprocessing
 import os
 import re
 import signal
@@ -1629,82 +1630,84 @@ def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None, 
     """Do jobs in several processes at once; yields (job, result) in the order in which they end.
 
     start() is called once in each process and returns do(job, advance) -> result; start, jobs and
-    results are pickled. The result is an Exception where do() raised one, where its process died (a
-    simulator that crashes) and where it neither ended nor reported a step for `timeout` seconds
-    (one that hangs); its process is replaced, the other jobs go on. Steps that do() reports through
-    its advance(steps) reach ours about twice a second. Leaving the loop early kills what runs.
-    method "fork" starts at once; it is for what opens neither simulators nor a GPU.
+    results are pickled, and start should be small: what is large comes as the path of a file. The
+    result is an Exception where do() raised one, where its process died (a simulator that crashes)
+    and where it neither ended nor reported a step for `timeout` seconds (one that hangs); its
+    process is replaced, the other jobs go on. SystemExit where a process cannot even start. Steps
+    that do() reports through its advance(steps) reach ours about twice a second. Leaving the loop
+    early kills what runs. method "fork" starts at once; it is for what opens neither simulators nor
+    a GPU.
     """
-    context, waiting = multiprocessing.get_context(method), list(reversed(jobs))
-    workers = {}                            # our end of the pipe: [process, job, last sign of life]
+    from pebble import ProcessPool
+    context = multiprocessing.get_context(method)
+    steps = context.RawArray("q", len(jobs))    # of each job; no lock, which a crash would leave
+    pool = ProcessPool(min(processes, len(jobs)) or 1, initializer=_begin_worker,
+                       initargs=(start, steps), context=context)
+    told, seen, idle = 0, {}, time.monotonic()  # seen: of each job that runs: steps, since when
     try:
-        while waiting or workers:
-            while waiting and len(workers) < processes:
-                job, (ours, theirs) = waiting.pop(), context.Pipe()
-                process = context.Process(target=_worker, args=(theirs, start, job), daemon=True)
-                process.start()
-                theirs.close()              # so that its death closes the pipe
-                workers[ours] = [process, job, time.monotonic()]
-            for pipe in multiprocessing.connection.wait(list(workers), timeout=1.0):
-                process, job, _ = workers[pipe]
-                try:
-                    steps, over, result = pipe.recv()
-                except (EOFError, OSError):
-                    process.join(5)
-                    process.kill()          # where it hangs on its way out
-                    process.join()
-                    steps, over, result = 0, True, _death(process.exitcode)
-                advance(steps)
-                workers[pipe][2] = time.monotonic()
-                if not over:
-                    continue
-                if process.is_alive() and waiting:
-                    workers[pipe][1] = waiting.pop()
-                    with contextlib.suppress(OSError):     # a death is seen when it is read from
-                        pipe.send(workers[pipe][1])
-                else:
-                    workers.pop(pipe)
-                    pipe.close()            # tells the process to end
-                yield job, result
-            for pipe, (process, job, seen) in list(workers.items()):
-                if time.monotonic() - seen > timeout and not pipe.poll():
-                    process.kill()
-                    workers.pop(pipe)
-                    pipe.close()
-                    yield job, RuntimeError(f"no step for {timeout:g} s: its process hung, killed")
+        futures = {pool.schedule(_do_job, (k, job)): (k, job) for k, job in enumerate(jobs)}
+        while futures:
+            ended, _ = concurrent.futures.wait(futures, 0.5, concurrent.futures.FIRST_COMPLETED)
+            now, done = time.monotonic(), sum(steps)
+            advance(done - told)
+            told = done
+            for future in ended:
+                k, job = futures.pop(future)
+                yield job, _result(future, timeout)
+            for future, (k, _) in futures.items():
+                if future.running() and seen.get(k, (None,))[0] != steps[k]:
+                    seen[k] = steps[k], now
+                if k in seen and now - seen[k][1] > timeout:
+                    future.cancel()             # kills its process
+            idle = now if ended or any(future.running() for future in futures) else idle
+            if futures and now - idle > timeout:
+                raise SystemExit(f"no process has begun to work within {timeout:g} s")
     finally:
-        for process, *_ in workers.values():
-            process.kill()
+        pool.stop()
+        pool.join()
 
 
-def _death(exitcode):
-    """What happened to a process that ended without a result."""
-    how = f"exit code {exitcode}" if exitcode >= 0 else signal.Signals(-exitcode).name
-    return RuntimeError(f"its process died ({how}): what it ran crashed, or memory ran out")
+def _result(future, timeout):
+    """What a job came back with; SystemExit where its process could not start."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from pebble import ProcessExpired
+    try:
+        result, began = future.result()
+    except concurrent.futures.CancelledError:
+        return RuntimeError(f"no step for {timeout:g} s: its process hung, killed")
+    except ProcessExpired as error:
+        how = f"exit code {error.exitcode}" if error.exitcode >= 0 else \
+            signal.Signals(-error.exitcode).name
+        return RuntimeError(f"its process died ({how}): what it ran crashed, or memory ran out")
+    except BrokenProcessPool:
+        raise SystemExit("the processes that should do the work die before they begin: what they "
+                         "died of stands above, or memory ran out") from None
+    if not began:
+        raise SystemExit(f"the processes that should do the work cannot start: {result}")
+    return result
 
 
-def _worker(pipe, start, job):
-    """One process of run_jobs: jobs come through the pipe; back go (steps, over, result)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # the parent answers Ctrl-C: it kills us
+def _begin_worker(start, steps):
+    """A process of run_jobs; start() may fail, so that it is called with the first job."""
+    global WORKER
     warnings.filterwarnings("ignore")                      # they would tear the progress bar
-    do, steps, told = start(), 0, time.monotonic()
+    WORKER = functools.cache(start), steps
+
+
+def _do_job(k, job):
+    """(result or Exception of job number k, whether start() went well)."""
+    start, steps = WORKER
 
     def advance(n):
-        nonlocal steps, told
-        steps += n
-        if time.monotonic() - told > 0.5:                  # not at each of thousands of steps
-            pipe.send((steps, False, None))
-            steps, told = 0, time.monotonic()
-    while True:
-        try:
-            result = do(job, advance)
-        except (Exception, SystemExit) as error:
-            result = _failure(error)
-        try:
-            pipe.send((steps, True, result))
-            job, steps = pipe.recv(), 0
-        except (EOFError, OSError):                        # nothing left, or nobody to do it for
-            return
+        steps[k] += n
+    began = False
+    try:
+        do = start()
+        began = True
+        return do(job, advance), began
+    except (Exception, SystemExit) as error:
+        return _failure(error), began
 
 
 def _failure(error):
@@ -1743,13 +1746,14 @@ def score_task(
             "success": float(np.mean([e.success for e in played]))}
 
 
-def _load_player(weights, config):
+def _load_player(path, config, device, kernels):
     """In a worker: the model, on one thread, as do() of run_jobs; jobs: arguments of score_task."""
     import torch
-    from lram import LRAM
+    from lram import LRAM, use_kernels
     torch.set_num_threads(1)
-    model = LRAM(config)
-    model.load_state_dict(torch.load(io.BytesIO(weights), weights_only=True))
+    model = LRAM(config).to(device)
+    model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    use_kernels(model, kernels)
     return lambda job, advance: score_task(model, *job, advance)
 
 
@@ -1757,11 +1761,15 @@ def _score_jobs(model, jobs, processes, timeout, advance):
     """score_task for each of jobs, here or in processes; yields (task, result or Exception)."""
     import torch
     if processes > 1:
-        weights = io.BytesIO()
-        torch.save(model.state_dict(), weights)
-        start = partial(_load_player, weights.getvalue(), model.config)
-        for job, result in run_jobs(jobs, processes, start, timeout, advance):
-            yield job[0], result
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.pt"
+            torch.save(model.state_dict(), path)
+            cells = [getattr(b, "cell", getattr(b, "scan", None)) for b in model.backbone.blocks]
+            triton = any(getattr(cell, "__module__", "") == "kernels" for cell in cells)
+            start = partial(_load_player, path, model.config, next(model.parameters()).device,
+                            "triton" if triton else "torch")
+            for job, result in run_jobs(jobs, processes, start, timeout, advance):
+                yield job[0], result
         return
     for job in jobs:
         try:

@@ -11,6 +11,7 @@ computation, never with a stored number. Tests of a simulator or of a peer packa
 where it is not installed.
 """
 import ast
+import contextlib
 import itertools
 import json
 import math
@@ -2915,14 +2916,23 @@ def test_reference_scores():
 
 
 JOBS = """
-import os, time
+import ctypes, faulthandler, os, signal, sys, time
+if "--multiprocessing-fork" in sys.orig_argv and os.environ.get("DIES"):
+    os._exit(7)
 def start():
     return do
+def broken():
+    raise ImportError("libGL.so.1")
 def do(job, advance):
     if job == "raises":
         raise KeyError("a reason")
-    if job == "dies":
-        os._exit(3)
+    if job == "exits":
+        sys.exit("no simulator")
+    if job == "crashes":
+        faulthandler.disable()
+        ctypes.string_at(0)
+    if job == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if job == "hangs":
         time.sleep(1e6)
     if job == "slow":                       # longer than the timeout, but with progress
@@ -2933,20 +2943,74 @@ def do(job, advance):
 """
 
 
-def test_jobs_that_crash_or_hang_are_named(tmp_path, monkeypatch):
-    """Among good jobs: every good result arrives, every bad job comes back with what it died of."""
+@pytest.fixture
+def some_jobs(tmp_path, monkeypatch):
+    """JOBS, which other processes can import too."""
     (tmp_path / "some_jobs.py").write_text(JOBS)
     monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("some_jobs", None)
     import some_jobs
-    jobs, steps = ["a", "raises", "hangs", "slow", "b", "dies", "c", "d"], []
-    found = list(worlds.run_jobs(jobs, 2, some_jobs.start, timeout=6.0, advance=steps.append))
+    return some_jobs
+
+
+@pytest.mark.parametrize("method", ("spawn", "fork") if sys.platform == "linux" else ("spawn",))
+def test_jobs_that_crash_or_hang_are_named(method, some_jobs):
+    """Among good jobs: every good result arrives, every bad job comes back with what it died of,
+    and no process is left, a dead one neither.
+    """
+    jobs, steps = ["a", "raises", "hangs", "slow", "exits", "crashes", "killed", "b"], []
+    found = list(worlds.run_jobs(jobs, 2, some_jobs.start, 6.0, steps.append, method))
     assert sorted(job for job, _ in found) == sorted(jobs)              # each exactly once
     found = dict(found)
-    assert [found.pop(job) for job in ("a", "b", "c", "d")] == ["aa", "bb", "cc", "dd"]
+    assert [found.pop(job) for job in ("a", "b")] == ["aa", "bb"]
     assert found.pop("slow") == "slowslow" and sum(steps) == 12
-    assert "KeyError: 'a reason' (some_jobs.py, line 7)" in str(found["raises"])
-    assert "exit code 3" in str(found["dies"]) and "no step for 6 s" in str(found["hangs"])
-    assert all(isinstance(error, RuntimeError) for error in found.values())
+    for job, words in (("raises", "KeyError: 'a reason' .some_jobs.py, line"),
+                       ("exits", "^no simulator$"), ("crashes", "SIGSEGV"), ("killed", "SIGKILL"),
+                       ("hangs", "no step for 6 s")):
+        assert type(found[job]) is RuntimeError and re.search(words, str(found[job]))
+    running = worlds.run_jobs(["a", "hangs", "hangs"], 2, some_jobs.start, method=method)
+    next(running)
+    running.close()                                                     # left early
+    for stat in Path("/proc").glob("[0-9]*/stat"):                  # nothing where there is none
+        with contextlib.suppress(OSError):                          # processes of others end
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            left = (stat.parent / "cmdline").read_text()
+            assert parent != os.getpid() or "resource_tracker" in left, left
+
+
+def test_processes_that_cannot_start_end_the_work(some_jobs, monkeypatch):
+    """With one message, not one for each job, whether start() raises or an import kills them."""
+    jobs = list(range(40))
+    with pytest.raises(SystemExit, match="cannot start: ImportError: libGL.so.1 .some_jobs.py"):
+        list(worlds.run_jobs(jobs, 2, some_jobs.broken))
+    monkeypatch.setenv("DIES", "1")
+    with pytest.raises(SystemExit, match="die before they begin"):
+        list(worlds.run_jobs(jobs, 2, some_jobs.start))
+    assert list(worlds.run_jobs([], 2, some_jobs.start)) == []
+
+
+def test_workers_act_where_the_model_is(tmp_path, monkeypatch):
+    """On its device and through the same kernels; torchrun's processes have workers too, so that a
+    crash does not leave the others waiting.
+    """
+    model, seen = small_model("mlstm"), []
+    monkeypatch.setattr(worlds, "score_task", lambda model, *_: next(model.parameters()).device)
+    monkeypatch.setattr(lram, "use_kernels", lambda model, choice: seen.append(choice))
+
+    def in_process(jobs, processes, start, *_):
+        return ((job, pickle.loads(pickle.dumps(start))()(job, None)) for job in jobs)
+    monkeypatch.setattr(worlds, "run_jobs", in_process)
+    device_of = lambda: [d.type for _, d in worlds._score_jobs(model, [("a",)], 2, 1.0, None)]
+    assert device_of() == ["cpu"] and seen == ["torch"]
+    model.to("meta").backbone.blocks[0].cell = mock.Mock(__module__="kernels")
+    assert device_of() == ["meta"] and seen == ["torch", "triton"]
+    run = mock.Mock(rank=0, world=2)
+    run.mixture.cards = {"a/x": dark_card()}
+    run.gather = lambda value: [value]
+    played = mock.Mock(return_value={"a/x": {"returns": [1.0], "card": dark_card()}})
+    monkeypatch.setattr(train, "play", played)
+    train.score(run)
+    assert played.call_args[1]["processes"] == 2
 
 
 def test_a_failed_task_does_not_stop_an_evaluation(tmp_path, monkeypatch, capsys):
@@ -4941,7 +5005,7 @@ def test_what_stood_there_stands_until_the_new_is_whole(write, tmp_path, monkeyp
 
 @pytest.mark.parametrize("file", ("config.json", "log.jsonl"))
 def test_a_full_disk_at_the_start_of_training(file, tmp_path, monkeypatch):
-    """One line that says what could not be written, and no run folder is left."""
+    """One line says what could not be written."""
     monkeypatch.chdir(tmp_path)
     write_task(tmp_path / "d", [30, 4, 25, 7, 30, 3, 12])
     write = Path.write_text
