@@ -2260,7 +2260,7 @@ def test_rollout_tells_of_lost_lives():
     class Lives(gym.Env):
         observation_space, action_space = (gym.spaces.Box(-9, 9, (1,), np.float32),
                                            gym.spaces.Discrete(2))
-        LEFT = {1: [3, 3, 2, 2, 1, 1], 2: [3, 2, 2, 3, 3, 2], 3: [1, 1, 1, 1, 1, 1]}
+        LEFT = {1: [3, 3, 2, 2, 1, 1], 2: [3, 2, 2, 3, 3, 2], 3: [0, 0, 0, 0, 0, 0]}
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
@@ -2757,20 +2757,22 @@ def test_scores():
 def test_intervals_redraw_what_scores_0_and_1():
     """The width follows from the three variances (delta method); cards without returns say so."""
     rng = np.random.RandomState(0)
-    returns, random, reference = (rng.normal(m, 2.0, n) for m, n in ((7, 200), (1, 30), (9, 20)))
-    card = dark_card(random_score=random.mean(), reference_score=reference.mean())
-    kept = {**card, "random_returns": random.tolist(), "reference_returns": reference.tolist()}
-    wide, narrow = (worlds.summarise({"a/x": {"returns": returns.tolist(), "card": c}})
-                    for c in (kept, card))
-    span = reference.mean() - random.mean()
-    score = (returns.mean() - random.mean()) / span
-    variance = lambda x: x.var() / len(x) / span ** 2
-    for summary, squared in ((narrow, variance(returns)), (wide, variance(returns)
-                             + (1 - score) ** 2 * variance(random)
-                             + score ** 2 * variance(reference))):
-        for low, high in (summary["tasks"]["a/x"]["interval"], summary["interval"]):
-            assert np.isclose(high - low, 2 * 1.96 * squared ** 0.5, rtol=0.08)
-        assert np.isclose(summary["tasks"]["a/x"]["score"], score)
+    for level in (7, 2):                        # near the reference, near random
+        returns, random, reference = (rng.normal(m, 2.0, n) for m, n in ((level, 200), (1, 30),
+                                                                         (9, 20)))
+        card = dark_card(random_score=random.mean(), reference_score=reference.mean())
+        kept = {**card, "random_returns": random.tolist(), "reference_returns": reference.tolist()}
+        wide, narrow = (worlds.summarise({"a/x": {"returns": returns.tolist(), "card": c}})
+                        for c in (kept, card))
+        span = reference.mean() - random.mean()
+        score = (returns.mean() - random.mean()) / span
+        variance = lambda x: x.var() / len(x) / span ** 2
+        for summary, squared in ((narrow, variance(returns)), (wide, variance(returns)
+                                 + (1 - score) ** 2 * variance(random)
+                                 + score ** 2 * variance(reference))):
+            for low, high in (summary["tasks"]["a/x"]["interval"], summary["interval"]):
+                assert np.isclose(high - low, 2 * 1.96 * squared ** 0.5, rtol=0.08)
+            assert np.isclose(summary["tasks"]["a/x"]["score"], score)
     assert "as exact, as only its mean is known, in 1 of 1 tasks: a/x" in \
         worlds.format_table(narrow)
     assert "exact" not in worlds.format_table(wide)
