@@ -583,6 +583,7 @@ class Controller(nn.Module):
                              "leave out --temperature and --context "
                              f"{'carry' if full else 'window'}")
         self.card, self.action_dims, self.scale = agent.card, agent.action_dims, agent.scale
+        self.target = float(agent.target)
         self.staggered, self.standardise = agent.context == "stagger", agent.config.standardise
         self.model = copy.deepcopy(agent.model).cpu().requires_grad_(False)
         use_kernels(self.model, "torch")
@@ -599,7 +600,7 @@ class Controller(nn.Module):
             self.register_buffer("std", torch.tensor(self.card["state_std"]))
         fresh = self.model.backbone.initial_state(1 + self.staggered)
         self.parts = [len(part) for part in fresh]
-        self.start = [torch.full((1,), float(agent.target)), torch.zeros(1, dtype=torch.long),
+        self.start = [torch.full((1,), self.target), torch.zeros(1, dtype=torch.long),
                       torch.full((1, max(self.action_dims, 1)), -1)]
         self.start += [x.clone() for part in fresh for x in part]
 
@@ -609,7 +610,7 @@ class Controller(nn.Module):
         rest = iter(rest)
         memory = tuple(tuple(itertools.islice(rest, n)) for n in self.parts)
         reward = (reward.clamp(-1, 1) if self.card["clip_rewards"] else reward) / self.scale
-        rtg = rtg.clone() if self.card["constant_rtg"] else rtg - reward
+        rtg = torch.full_like(rtg, self.target) if self.card["constant_rtg"] else rtg - reward
         if self.standardise:
             obs = ((obs.float() - self.mean) / self.std).clamp(-LARGEST_STATE, LARGEST_STATE)
         inputs = obs, reward, rtg, self.action_dims, last, memory

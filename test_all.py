@@ -1744,7 +1744,8 @@ COMPILED = pytest.param("mlstm", False, True, marks=pytest.mark.skipif(
     ("mlstm", False, False), ("xlstm", True, False), ("slstm", False, False),
     ("mamba", True, False), ("gpt", False, False), COMPILED))
 def test_exported_policy_is_the_agent(backbone, image, compiled, tmp_path, monkeypatch):
-    """A written file, read without pickle, against the Agent: two episodes of random observations.
+    """A written file, read without pickle, against the Agent: two episodes of random observations,
+    with lives that are lost.
 
     Continuous actions with tokens for them and a falling return-to-go, or images, 5 of 18 actions,
     clipped rewards (and for mamba a constant return-to-go); five windows of gpt.
@@ -1770,8 +1771,8 @@ def test_exported_policy_is_the_agent(backbone, image, compiled, tmp_path, monke
         reward = np.zeros(1) if first else rng.normal(1, 2, 1)
         if first:
             policy.begin(1)
-        action, ours = (x.act(obs, reward, np.array([first]), np.array([t == 20]))   # a lost life
-                        for x in (agent, policy))
+        lost = np.array([t in (20, 21, 40)])
+        action, ours = (x.act(obs, reward, np.array([first]), lost) for x in (agent, policy))
         bar = 1e-4 if compiled else 1e-5
         assert relative(policy.logits, agent.logits[..., :policy.logits.shape[-1]]) < bar, t
         assert np.array_equal(ours, action) and ours.dtype == action.dtype, t
