@@ -17,6 +17,7 @@ Layout, that of the public LRAM data sets: one file per trajectory,
     actions   (T,) int or (T, A) float32 in [-1, 1]
     rewards   (T,) float32
     dones     (T,) bool, true at an end of the task
+    executed  as actions, optional: what the world received, where that differs from the label
     returns_to_go (T,) float32, optional: sum of rewards from t on, unscaled; computed when absent
 
 and beside them episode_lengths.json and episode_returns.json ({episode: number}: no file is opened
@@ -1293,6 +1294,10 @@ def _start_worker():
 def _plan(task, folder, episodes, with_data):
     """The jobs [(function, args)] that complete a task's folder; the last argument: seeds."""
     recipe = recipe_of(task)
+    made = load_json(folder / "task.json") if (folder / "task.json").exists() else {}
+    if "made_by" in made and "reference_returns" not in made:
+        raise SystemExit(f"{folder} was made by an earlier version, with other scales and without "
+                         "the actions that were executed: move it away, and it is made again")
     wanted = (episodes or recipe.episodes) if with_data else 0
     files = {path.stem for end in ("*.hdf5", "*.failed") for path in folder.glob(end)}
     packed = {x.decode() for x in Pack(folder / PACK).names} if (folder / PACK).exists() else set()
@@ -1437,12 +1442,13 @@ def share_of(name):
 
 
 def hold_out(names):
-    """Which of a task's trajectories are for validation, (N,) bool: by name, so that the part stays
-    what it is when others are added. Of few, where none has such a name, it is one.
+    """Which of a task's trajectories are for validation, (N,) bool: the first, and others by a hash
+    of the name, so that the part stays what it is when others are added.
     """
-    shares = np.array([share_of(name) for name in names])
-    least, most = min(shares, default=0), max(shares, default=0)
-    return ((shares < VALIDATION_FRACTION) | (shares == least)) & (shares < most)
+    names = list(names)
+    first, shares = share_of(min(names, default="")), np.array([share_of(name) for name in names])
+    held = (shares < VALIDATION_FRACTION) | (shares == first)
+    return held & ~held.all()
 
 
 def task_card(task, stats, **extra):
@@ -2286,7 +2292,11 @@ class Mixture:
             if not len(names):
                 raise SystemExit(f"{folder} holds no trajectories; run: python data.py make {task}")
             held, ours = hold_out(name.decode() for name in names), np.arange(len(names))
-            ours = ours[~held & ~np.isin(names, np.array(card.get("repeated", []), names.dtype))]
+            repeated = [name.encode() for name in card.get("repeated", [])]
+            ours = ours[~held & ~np.isin(names, np.array(repeated, names.dtype))]
+            if not len(ours):
+                raise SystemExit(f"{folder}: nothing is left to train on, as all its trajectories "
+                                 "are equal; add others")
             if top_fraction < 1:                            # the best trajectories by return
                 best = np.argsort(-self._returns(task)[ours], kind="stable")
                 ours = np.sort(ours[best[:math.ceil(top_fraction * len(ours))]])
@@ -2297,9 +2307,12 @@ class Mixture:
                 part.setdefault(card["domain"], []).append(rows)
         # what is held out is read in the units of the tasks like it that are trained on
         for card in self.cards.values():
-            like = [self.cards[t] for t in self.tasks if all(
-                self.cards[t][key] == card[key] for key in ("domain", "observation"))]
-            if card["heldout"] and like:
+            like = [c for c in map(self.cards.get, self.tasks) if c["domain"] == card["domain"]]
+            if not card["heldout"] or not like:
+                continue
+            card["reward_scale"] = like[0]["reward_scale"]
+            like = [c for c in like if c["observation"] == card["observation"]]
+            if like and all("state_mean" in c for c in like):
                 mean, std = (np.array([c[key] for c in like]) for key in ("state_mean", "state_std"))
                 card["state_mean"] = mean.mean(0).round(6).tolist()
                 card["state_std"] = np.sqrt((std ** 2).mean(0) + mean.var(0)).round(6).tolist()
@@ -2308,10 +2321,7 @@ class Mixture:
         self.domains = list(self.train)
         if not self.domains:
             raise SystemExit(f"nothing to train on among {', '.join(tasks)}")
-        self.cumulative = {}                # probability that a draw is this trajectory or before
-        for domain, rows in self.train.items():
-            p = rows["length"] / rows["length"].sum()
-            self.cumulative[domain] = p.cumsum() / p.sum()
+        self.cumulative = {}                # of (domain, context): see draw
 
     @cached_property
     def fingerprint(self):
@@ -2407,8 +2417,7 @@ class Mixture:
         }
 
     def sample(self, domain, batch_size, context, seed, step, part=(0, 1)):
-        """A batch of random windows, see collate: trajectories in proportion to length, then any
-        end. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
+        """A batch of random windows, see collate: trajectories, then any end in them. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
         """
         number = self.domains.index(domain)
         rng, plan = np.random.default_rng([seed, step, number]), []
@@ -2428,13 +2437,18 @@ class Mixture:
         return collate(windows, context)
 
     def draw(self, domain, context, rng):
-        """A trajectory in proportion to its length and a window in it: (row of train, start).
+        """A trajectory and a window in it: (row of train, start).
 
-        The window's end is uniform in 1 to L + C - 1, so that every step of an episode is seen as
-        often as any other, the first included, where acting begins. Aligned windows start at a
-        multiple of self.align and lie within the trajectory.
+        The window's end is uniform in 1 to L + C - 1, and a trajectory is drawn in proportion to
+        that number, so that every step is seen as often as any other, the first of an episode
+        included, where acting begins. Aligned windows start at a multiple of self.align and lie
+        within the trajectory, which is drawn in proportion to its length.
         """
-        rows, cumulative = self.train[domain], self.cumulative[domain]
+        rows = self.train[domain]
+        if (domain, context) not in self.cumulative:
+            sizes = rows["length"] + (context - 1) * (self.align == 1)
+            self.cumulative[domain, context] = sizes.cumsum() / sizes.sum()
+        cumulative = self.cumulative[domain, context]
         row = rows[cumulative.searchsorted(rng.random(), side="right")].item()
         if self.align > 1:
             return row, self.align * int(rng.integers(max(0, row[2] - context) // self.align + 1))

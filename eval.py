@@ -49,6 +49,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -917,7 +918,7 @@ def make_gym(name, render=False):
     typed = {canonical(word.split("=")[-1]) for word in sys.argv[1:]}      # workers see it too
     if ":" in name and f"gym/{name}" not in typed:
         raise ValueError("a module is imported only if the command line names it; if you trust it, "
-                         f"add gym:{name} to the --tasks of this command")
+                         f"add {shlex.quote('gym:' + name)} to the --tasks of this command")
     try:
         # not every world has a render_mode: it is named only where pictures are asked for
         env = gym.make(name, disable_env_checker=True,
@@ -1640,23 +1641,24 @@ def run_jobs(jobs, processes, start, timeout=600.0, advance=lambda steps: None, 
     """
     from pebble import ProcessPool
     context = multiprocessing.get_context(method)
-    steps = context.RawArray("q", len(jobs))    # of each job; no lock, which a crash would leave
+    # each job's steps, then its signs of life, advance(0) too; no lock, which a crash would leave
+    n, steps = len(jobs), context.RawArray("q", 2 * len(jobs))
     pool = ProcessPool(min(processes, len(jobs)) or 1, initializer=_begin_worker,
                        initargs=(start, steps), context=context)
-    told, seen, idle = 0, {}, time.monotonic()  # seen: of each job that runs: steps, since when
+    told, seen, idle = 0, {}, time.monotonic()  # seen: of each job that runs: signs, since when
     try:
         futures = {pool.schedule(_do_job, (k, job)): (k, job) for k, job in enumerate(jobs)}
         while futures:
             ended, _ = concurrent.futures.wait(futures, 0.5, concurrent.futures.FIRST_COMPLETED)
-            now, done = time.monotonic(), sum(steps)
+            now, done = time.monotonic(), sum(steps[:n])
             advance(done - told)
             told = done
             for future in ended:
                 k, job = futures.pop(future)
                 yield job, _result(future, timeout)
             for future, (k, _) in futures.items():
-                if future.running() and seen.get(k, (None,))[0] != steps[k]:
-                    seen[k] = steps[k], now
+                if future.running() and seen.get(k, (None,))[0] != steps[n + k]:
+                    seen[k] = steps[n + k], now
                 if k in seen and now - seen[k][1] > timeout:
                     future.cancel()             # kills its process
             idle = now if ended or any(future.running() for future in futures) else idle
@@ -1701,6 +1703,7 @@ def _do_job(k, job):
 
     def advance(n):
         steps[k] += n
+        steps[len(steps) // 2 + k] += 1
     began = False
     try:
         do = start()
