@@ -3405,6 +3405,15 @@ def test_no_trajectory_is_trained_on_and_held_out(tmp_path):
     returns = json.loads((tmp_path / "darkroom/train/episode_returns.json").read_text())
     of = lambda m: [returns[m.names["darkroom/train"][k].decode()]
                     for k in m.train["darkroom"]["episode"]]
+    card = data.load_card(tmp_path / "darkroom/train")
+    odd = card | {"repeated": [name.decode() for name in whole.names["darkroom/train"]]}
+    (tmp_path / "darkroom/train/task.json").write_text(json.dumps(odd))
+    with pytest.raises(SystemExit, match="nothing is left to train on"):
+        data.Mixture(tmp_path, ["darkroom/train"])
+    del card["reference_returns"]                               # made by an earlier version
+    (tmp_path / "darkroom/train/task.json").write_text(json.dumps(card))
+    with pytest.raises(SystemExit, match="earlier version.*move it away"):
+        data.make(["darkroom/train"], tmp_path, episodes=330)
     n = len(of(best))
     assert n == -(-len(of(whole)) // 10) and sorted(of(best)) == sorted(of(whole))[-n:]
 
@@ -3447,7 +3456,8 @@ def test_standardised_states(tmp_path):
     seen = lram.prepare_states(np.array([[5.0, 6.0, 0.7]]), card, True)
     assert abs(seen[0, 0]) < 1 and seen[0, 1:].tolist() == [10.0, np.float32(0.7)]
     for task, mean in (("darkroom/train", 1.0), ("darkroom/b", 3.0), ("darkroom/heldout", 9.0)):
-        card.update(task=task, state_mean=[mean] * 3, state_std=[2.0] * 3)
+        card.update(task=task, state_mean=[mean] * 3, state_std=[2.0] * 3,
+                    reward_scale=20.0 if task == "darkroom/heldout" else 1.0)
         path = tmp_path / task
         path.mkdir(exist_ok=True)
         (path / "task.json").write_text(json.dumps(card))
@@ -3455,6 +3465,7 @@ def test_standardised_states(tmp_path):
     told = data.Mixture(tmp_path, ["darkroom/train", "darkroom/b"], ["darkroom/heldout"]).cards
     assert told["darkroom/heldout"]["state_mean"] == [2.0] * 3      # of the mixture of the two
     assert np.allclose(told["darkroom/heldout"]["state_std"], np.sqrt(5), atol=1e-5)
+    assert told["darkroom/heldout"]["reward_scale"] == 1
 
 
 def write_images(root, lengths, task="atari/freeway", pictures=None):
