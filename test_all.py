@@ -359,14 +359,16 @@ kernel_test = pytest.mark.skipif(not (INTERPRETED or GPU), reason="run by test_k
 
 @pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="Triton is for Linux")
 def test_kernels_interpreted():
-    """Every kernel test of this file in a process where Triton interprets kernels on the CPU."""
-    result = subprocess.run(
+    """Every kernel test of this file in two processes where Triton interprets them on the CPU."""
+    started = [subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-         "-k", "kernel and not interpreted and not ahead"],
-        cwd=REPOSITORY, capture_output=True, text=True,
+         "-k", f"kernel and not interpreted and not ahead and {part}"],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    assert "skipped" not in result.stdout, result.stdout[-500:]
+        for part in ("test_mlstm", "not test_mlstm")]
+    for process in started:
+        told, _ = process.communicate()
+        assert process.returncode == 0 and "skipped" not in told, told[-5000:]
 
 
 @pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="Triton is for Linux")
@@ -405,9 +407,8 @@ def mlstm_kernel_case(T, K, V, B=1, H=3):
 
 @kernel_test
 @pytest.mark.parametrize("T,K,V,chunk", (
-    *((T, 16, 48, None) for T in (1, 2, 3, 15, 16, 17, 63, 64, 65, 150, 200)),
-    *((T, 80, 176, None) for T in (1, 3, 16, 17, 63, 65)), (33, 176, 80, None),
-    (150, 48, 16, None), (200, 176, 80, None),
+    *((T, 16, 48, None) for T in (1, 2, 3, 15, 16, 17, 63, 64, 65, 150)),
+    *((T, 80, 176, None) for T in (1, 16, 65)), (33, 176, 80, None), (150, 48, 16, None),
     *((T, 16, 48, 64) for T in (65, 128, 150, 200)), (40, 80, 16, 16), (50, 176, 80, 48),
 ))
 def test_mlstm_kernel(T, K, V, chunk, monkeypatch):
@@ -804,7 +805,7 @@ def test_kernels_refuse_what_they_cannot_take():
 
 
 @kernel_test
-@pytest.mark.parametrize("backbone", RECURRENT)
+@pytest.mark.parametrize("backbone", [name for name in RECURRENT if name != "xlstm"])
 def test_training_with_kernels_is_training(backbone, tmp_path, monkeypatch, capsys):
     """--kernels triton and --kernels torch: the same losses, step for step, and the switch says so.
 
