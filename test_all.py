@@ -3225,7 +3225,8 @@ def test_a_disturbed_observation_acts_from_its_step_on(backbone):
     """Never before, at that step at once; gpt forgets it with its context, the others do not."""
     agent = lram.Agent(small_model(backbone, context=6), dark_card())
     episode = worlds.Episode(0, np.random.RandomState(0).randint(0, 9, (20, 2)).astype(np.float32),
-                             np.arange(20) % 5, np.ones(20, np.float32), None, False, False)
+                             np.arange(20) % 5, np.arange(20) % 5, np.ones(20, np.float32), None,
+                             False, False)
     moved = worlds.disturb(agent, episode, [2, 9])
     for row, t0 in zip(moved, (2, 9)):
         assert row[:t0].max() < 1e-6 < 1e-4 < row[t0] <= 1
