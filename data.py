@@ -1968,6 +1968,7 @@ def open_pack(folder):
 
 @cache
 def say_once(text):
+    """One line on standard error, however often it is asked for."""
     print(text, file=sys.stderr)
 
 
@@ -2313,7 +2314,8 @@ class Mixture:
             card["reward_scale"] = like[0]["reward_scale"]
             like = [c for c in like if c["observation"] == card["observation"]]
             if like and all("state_mean" in c for c in like):
-                mean, std = (np.array([c[key] for c in like]) for key in ("state_mean", "state_std"))
+                mean, std = (np.array([c[key] for c in like])
+                             for key in ("state_mean", "state_std"))
                 card["state_mean"] = mean.mean(0).round(6).tolist()
                 card["state_std"] = np.sqrt((std ** 2).mean(0) + mean.var(0)).round(6).tolist()
         self.train, self.validation = ({domain: np.concatenate(rows) for domain, rows in p.items()}
@@ -2417,7 +2419,8 @@ class Mixture:
         }
 
     def sample(self, domain, batch_size, context, seed, step, part=(0, 1)):
-        """A batch of random windows, see collate: trajectories, then any end in them. part (k, n): every n-th window of it from the k-th on, the share of process k of n.
+        """A batch of random windows, see collate: trajectories, then any end in them. part (k, n):
+        every n-th window of it from the k-th on, the share of process k of n.
         """
         number = self.domains.index(domain)
         rng, plan = np.random.default_rng([seed, step, number]), []
